@@ -1,0 +1,226 @@
+"""Where a component's weights come from: read one tensor at a time, never all of them at once.
+
+Every kind answers the same four questions: which names, what type and shape, the tensor itself, and one digest of all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from optimize.errors import InputError
+
+from .digests import digest_of_file
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Weights(Protocol):
+    """Named tensors of a component, by the names of its module's parameters and buffers."""
+
+    kind: str
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """The tensor on the CPU in the source's own type. The caller drops it before asking for the next."""
+        ...
+
+    def bind(self, module: torch.nn.Module) -> Weights:
+        """These weights under the names of `module`; raises InputError for missing ones and wrong shapes."""
+        ...
+
+    def digest(self) -> str:
+        """One digest of all that the weights depend on."""
+        ...
+
+
+def wanted(module: torch.nn.Module) -> Mapping[str, torch.Tensor]:
+    """The persistent parameters and buffers of a module: what a checkpoint has to hold, tied names once each."""
+    return module.state_dict(keep_vars=True)
+
+
+# --- safetensors files -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SafetensorsWeights:
+    """Weights in one or more safetensors files. `where` maps a module's name to (file, key in it)."""
+
+    files: tuple[Path, ...]
+    where: Mapping[str, tuple[Path, str]] = field(default_factory=dict)
+    kind: str = "safetensors"
+
+    @cached_property
+    def headers(self) -> dict[str, tuple[Path, list[int]]]:
+        """Key -> (file, shape) of every tensor in the files; reads the headers only."""
+        found = {}
+        for path in self.files:
+            for key, entry in header_of_safetensors(path).items():
+                found[key] = (path, entry["shape"])
+        return found
+
+    def tensor(self, name: str) -> torch.Tensor:
+        from safetensors import safe_open
+
+        path, key = self.where[name]
+        # opened anew each time: a mapping that stays open counts every page ever read as this process's memory
+        with safe_open(path, framework="pt", device="cpu") as file:
+            tensor: torch.Tensor = file.get_tensor(key)
+        return tensor
+
+    def bind(self, module: torch.nn.Module) -> SafetensorsWeights:
+        names = wanted(module)
+        renamed = {new: (self.headers[old][0], old) for old, new in key_renames(module, self.headers)}
+        where, missing = {}, []
+        for name, tensor in names.items():
+            key = next((n for n in alternatives(module, name) if n in renamed), None)
+            if key is None:
+                missing.append(name)
+                continue
+            path, old = where[name] = renamed[key]
+            shape = self.headers[old][1]
+            if math.prod(shape) != tensor.numel() or [d for d in shape if d != 1] != [d for d in tensor.shape if d != 1]:
+                raise InputError(
+                    f"weight {name} has a wrong shape in {path.name}",
+                    got=list(shape),
+                    expected=list(tensor.shape),
+                    mend="the config and the weights belong to different models: take both from the same folder",
+                )
+        if missing:
+            raise InputError(
+                f"{len(missing)} weights are missing in {', '.join(f.name for f in self.files)}",
+                got=", ".join(missing[:4]) + (" ..." if len(missing) > 4 else ""),
+                expected=f"all {len(names)} tensors of {type(module).__name__}",
+                mend="download the folder again, or check that config.json belongs to these weights",
+            )
+        return SafetensorsWeights(self.files, where)
+
+    def digest(self) -> str:
+        parts = [digest_of_file(path) for path in self.files]
+        return "sha256:" + hashlib.sha256("".join(parts).encode()).hexdigest()
+
+
+def header_of_safetensors(path: Path) -> dict[str, dict[str, Any]]:
+    """Tensor entries of a safetensors file (dtype, shape, data_offsets). Raises InputError where it is cut or broken."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if length > min(size, 100 << 20):
+                raise ValueError("its header is longer than the file")
+            header = json.loads(file.read(length))
+    except (OSError, ValueError) as e:
+        raise InputError(f"{path.name} is not a readable safetensors file", got=str(e), mend="fetch it again") from e
+    header.pop("__metadata__", None)
+    end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    if 8 + length + end != size:
+        raise InputError(f"{path.name} is truncated or has been changed", got=f"{size} bytes",
+                         expected=f"{8 + length + end} bytes by its own header", mend="fetch it again")
+    return header
+
+
+OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
+def key_renames(module: torch.nn.Module, keys: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """(key in the file, name in the module): the renames that the libraries' own loaders apply."""
+    if not hasattr(module, "base_model_prefix"):
+        pattern = re.compile(r"(attentions\.\d+)\.(query|key|value|proj_attn)\.(weight|bias)$")
+        for key in keys:
+            yield key, pattern.sub(lambda m: f"{m[1]}.{OLD_ATTENTION[m[2]]}.{m[3]}", key)
+        return
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    transforms = get_model_conversion_mapping(module)
+    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
+    converters = [t for t in transforms if isinstance(t, WeightConverter)]
+    names = dict(wanted(module))
+    for key in keys:
+        new, converted = rename_source_key(key, renamings, converters, module.base_model_prefix, names)
+        if converted is None:
+            yield key, new
+
+
+def alternatives(module: torch.nn.Module, name: str) -> Iterator[str]:
+    """The name itself, then the names that it is tied to (`lm_head.weight` = the embedding)."""
+    yield name
+    tied = getattr(module, "_tied_weights_keys", None) or {}
+    if isinstance(tied, Mapping):
+        yield from (source for target, source in tied.items() if re.fullmatch(target, name))
+    me = wanted(module).get(name)
+    yield from (n for n, t in wanted(module).items() if t is me and n != name)
+
+
+# --- random and in-memory weights ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RandomWeights:
+    """Weights made from a seed and each tensor's own name, so that any of them can be made alone, again, the same."""
+
+    seed: int = 0
+    shapes: Mapping[str, tuple[tuple[int, ...], Any]] = field(default_factory=dict)
+    kind: str = "random"
+
+    def tensor(self, name: str) -> torch.Tensor:
+        import torch
+
+        shape, dtype = self.shapes[name]
+        seed = int.from_bytes(hashlib.sha256(f"{self.seed}:{name}".encode()).digest()[:8], "little")
+        generator = torch.Generator().manual_seed(seed & (2**63 - 1))
+        noise = torch.empty(shape).normal_(generator=generator)
+        if len(shape) < 2:  # norms' scales lie around one, everything else around zero: neither can hide a mistake
+            return noise.mul_(0.1).add_(1.0 if name.endswith("weight") or "scale" in name else 0.0).to(dtype)
+        fan_in = math.prod(shape[1:]) if "embed" not in name or "proj" in name or "linear" in name else 1
+        return noise.mul_(0.02 if fan_in == 1 else 1 / math.sqrt(fan_in)).to(dtype)
+
+    def bind(self, module: torch.nn.Module) -> RandomWeights:
+        return RandomWeights(self.seed, {n: (tuple(t.shape), t.dtype) for n, t in wanted(module).items()})
+
+    def digest(self) -> str:
+        return f"random:{self.seed}"
+
+
+@dataclass(frozen=True)
+class MemoryWeights:
+    """Weights that somebody's code already holds: `load()` gives the state dict, called at most once."""
+
+    load: Callable[[], Mapping[str, torch.Tensor]]
+    kind: str = "memory"
+
+    @cached_property
+    def state(self) -> Mapping[str, torch.Tensor]:
+        return self.load()
+
+    def tensor(self, name: str) -> torch.Tensor:
+        return self.state[name].detach().cpu()
+
+    def bind(self, module: torch.nn.Module) -> MemoryWeights:
+        names = wanted(module)
+        missing = [n for n in names if n not in self.state]
+        if missing:
+            raise InputError(f"{len(missing)} weights are missing", got=", ".join(missing[:4]),
+                             expected=f"all {len(names)} tensors of {type(module).__name__}")
+        for name, tensor in names.items():
+            if self.state[name].shape != tensor.shape:
+                raise InputError(f"weight {name} has a wrong shape", got=list(self.state[name].shape),
+                                 expected=list(tensor.shape))
+        return self
+
+    def digest(self) -> str:
+        import torch
+
+        sha = hashlib.sha256()
+        for name in sorted(self.state):
+            tensor = self.state[name].detach().cpu().contiguous()
+            sha.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
+            sha.update(tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else b"")
+        return "sha256:" + sha.hexdigest()
