@@ -89,7 +89,7 @@ def added_conditions(config: Config) -> list[TensorSpec]:
         return []
     per_id = config["addition_time_embed_dim"]
     total = config["projection_class_embeddings_input_dim"]
-    ids = next((n for n in (6, 5) if total - n * per_id in (768, 1024, 1280)), 6)
+    ids = 5 if total - 5 * per_id == config["cross_attention_dim"] else 6
     return [
         TensorSpec("text_embeds", ("batch", total - ids * per_id)),
         TensorSpec("time_ids", ("batch", ids), fill="size"),

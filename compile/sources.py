@@ -134,11 +134,18 @@ def components_of_network(name: str, class_name: str, config: Mapping[str, Any],
 
 
 def build_on_meta(make: Callable[[], Any], adapter: Adapter) -> Any:
-    """The module with its parameters on meta and its buffers real."""
+    """The module with its parameters on meta, and with real buffers where they are in no checkpoint.
+
+    Those are computed when the module is made, which can cost gigabytes: so only where there are any.
+    """
+    import torch
     from accelerate import init_empty_weights
 
-    with init_empty_weights(include_buffers=False):
+    with torch.device("meta"):
         module = make()
+    if {name for name, _ in module.named_buffers()} - set(module.state_dict()):
+        with init_empty_weights(include_buffers=False):
+            module = make()
     return with_forward(module, adapter.forward)
 
 

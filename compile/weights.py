@@ -178,7 +178,8 @@ class RandomWeights:
         generator = torch.Generator().manual_seed(seed & (2**63 - 1))
         noise = torch.empty(shape).normal_(generator=generator)
         if len(shape) < 2:  # norms' scales lie around one, everything else around zero: neither can hide a mistake
-            return noise.mul_(0.1).add_(1.0 if name.endswith("weight") or "scale" in name else 0.0).to(dtype)
+            around_one = name.endswith(("weight", "running_var")) or "scale" in name
+            return noise.mul_(0.1).add_(1.0 if around_one else 0.0).to(dtype)
         fan_in = math.prod(shape[1:]) if "embed" not in name or "proj" in name or "linear" in name else 1
         return noise.mul_(0.02 if fan_in == 1 else 1 / math.sqrt(fan_in)).to(dtype)
 

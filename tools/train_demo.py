@@ -24,6 +24,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import save_file
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from sklearn.svm import SVC
@@ -34,29 +35,12 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 TEMPLATES = (
-    "{}",
-    "a {}",
-    "the {}",
-    "digit {}",
-    "the digit {}",
-    "a digit {}",
-    "the number {}",
-    "number {}",
-    "a handwritten {}",
-    "handwritten {}",
-    "a handwritten digit {}",
-    "the handwritten digit {}",
-    "a picture of a {}",
-    "a picture of the number {}",
-    "a drawing of the digit {}",
-    "a photo of a handwritten {}",
-    "please write the number {}",
-    "{}, written by hand",
-)
+    "{}", "a {}", "the {}", "digit {}", "the digit {}", "a digit {}", "number {}", "the number {}", "handwritten {}",
+    "a handwritten {}", "a handwritten digit {}", "the handwritten digit {}", "a picture of a {}",
+    "a picture of the number {}", "a drawing of the digit {}", "a photo of a handwritten {}",
+    "please write the number {}", "{}, written by hand",
+)  # fmt: skip
 UNSEEN_TEMPLATES = ("a drawing of a handwritten {}", "please write a {}", "a photo of the digit {}, written by hand")
-
-
-MOVING_AVERAGE = 0.995  # of the weights, per step
 
 
 @dataclass(frozen=True)
@@ -74,11 +58,11 @@ class Knobs:
     unet_channels: tuple[int, ...] = (32, 64)
     head_dim: int = 32
     norm_groups: int = 8
-    vae_steps: int = 450
+    vae_steps: int = 300
     vae_batch: int = 48
     vae_rate: float = 3e-3
     kl_weight: float = 1e-4
-    unet_steps: int = 3000
+    unet_steps: int = 2000
     unet_batch: int = 64
     unet_rate: float = 2e-3
     prompt_drop: float = 0.1
@@ -139,7 +123,7 @@ def build_tokenizer(knobs: Knobs) -> Any:
     merger = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     merger.normalizer = normalizers.Lowercase()
     merger.pre_tokenizer = pre_tokenizers.Whitespace()
-    corpus = [prompt for digit in range(10) for prompt in prompts_of(digit, TEMPLATES + UNSEEN_TEMPLATES)]
+    corpus = [prompt for digit in range(10) for prompt in prompts_of(digit, TEMPLATES)]
     merger.train_from_iterator(corpus, trainers.BpeTrainer(vocab_size=2000, end_of_word_suffix="</w>"))
     merges = [tuple(merge) for merge in json.loads(merger.to_str())["model"]["merges"]]
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -156,66 +140,42 @@ def token_ids(tokenizer: Any, prompts: list[str]) -> Tensor:
 
 
 def build_text_encoder(knobs: Knobs, tokenizer: Any) -> Any:
-    return CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=knobs.text_width,
-            intermediate_size=4 * knobs.text_width,
-            projection_dim=knobs.text_width,
-            num_hidden_layers=knobs.text_layers,
-            num_attention_heads=knobs.text_width // knobs.head_dim,
-            max_position_embeddings=knobs.prompt_tokens,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer), max_position_embeddings=knobs.prompt_tokens, num_hidden_layers=knobs.text_layers,
+        hidden_size=knobs.text_width, intermediate_size=4 * knobs.text_width, projection_dim=knobs.text_width,
+        num_attention_heads=knobs.text_width // knobs.head_dim, bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    return CLIPTextModel(config)
 
 
 def build_vae(knobs: Knobs) -> Any:
     levels = len(knobs.vae_channels)
     return AutoencoderKL(
-        in_channels=1,
-        out_channels=1,
-        latent_channels=4,
-        sample_size=knobs.image_size,
-        block_out_channels=knobs.vae_channels,
-        layers_per_block=1,
-        norm_num_groups=knobs.norm_groups,
-        down_block_types=("DownEncoderBlock2D",) * levels,
-        up_block_types=("UpDecoderBlock2D",) * levels,
-    )
+        in_channels=1, out_channels=1, latent_channels=4, sample_size=knobs.image_size, layers_per_block=1,
+        block_out_channels=knobs.vae_channels, norm_num_groups=knobs.norm_groups,
+        down_block_types=("DownEncoderBlock2D",) * levels, up_block_types=("UpDecoderBlock2D",) * levels,
+    )  # fmt: skip
 
 
 def build_unet(knobs: Knobs) -> Any:
     """As in Stable Diffusion, the lowest resolution has no attention of its own; the middle block has."""
     return UNet2DConditionModel(
-        sample_size=knobs.image_size // 4,
-        in_channels=4,
-        out_channels=4,
-        block_out_channels=knobs.unet_channels,
-        layers_per_block=1,
-        norm_num_groups=knobs.norm_groups,
-        cross_attention_dim=knobs.text_width,
+        in_channels=4, out_channels=4, sample_size=knobs.image_size // 4, layers_per_block=1,
+        block_out_channels=knobs.unet_channels, norm_num_groups=knobs.norm_groups,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
         # diffusers' name is wrong for this class: the value is the number of heads of each level
         attention_head_dim=tuple(width // knobs.head_dim for width in knobs.unet_channels),
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-    )
+        cross_attention_dim=knobs.text_width,
+    )  # fmt: skip
 
 
 def build_scheduler() -> Any:
     """DDIM with Stable Diffusion's betas; v-prediction, which a small model learns in fewer steps than the noise."""
     return DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-        prediction_type="v_prediction",
-        timestep_spacing="trailing",
-    )
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type="v_prediction",
+        timestep_spacing="trailing", clip_sample=False, set_alpha_to_one=False, steps_offset=1,
+    )  # fmt: skip
 
 
 def batches(count: int, size: int, steps: int, dice: torch.Generator) -> Iterator[Tensor]:
@@ -233,11 +193,12 @@ def fit(
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Takes one AdamW step per batch of indices in `work`; gives the weights' moving average and the record's lines.
 
-    A loss in the record is the mean over a tenth of the steps, for single ones are noisy.
+    The average reaches back over a twentieth of the steps, so that nothing of the first weights is left in it. A loss
+    in the record is the mean over a tenth of the steps, for single ones are noisy.
     """
     optimiser = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.99))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, max_lr=rate, total_steps=len(work) + 1, pct_start=0.05)
-    blend = get_ema_multi_avg_fn(MOVING_AVERAGE)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    blend = get_ema_multi_avg_fn(1 - 20 / max(20, len(work)))  # type: ignore[no-untyped-call]  # torch leaves it untyped
     average = AveragedModel(model, multi_avg_fn=blend)
     began, losses = time.perf_counter(), []
     for chosen in work:
@@ -278,16 +239,19 @@ def train_vae(knobs: Knobs, images: Tensor, dice: torch.Generator) -> tuple[Any,
 
 
 @torch.no_grad()
-def encode(vae: Any, images: Tensor, dice: torch.Generator) -> tuple[Tensor, float]:
-    """Sets the scaling factor that makes the latents' deviation one; gives scaled latents (N, 4, 8, 8) and the error.
+def encode(vae: Any, images: Tensor, dice: torch.Generator) -> Tensor:
+    """Scaled latents (N, 4, 8, 8) of images (N, 1, H, W); sets the scaling factor that makes their deviation one."""
+    latents = torch.cat([vae.encode(part).latent_dist.sample(generator=dice) for part in torch.split(images, 200)])
+    vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))
+    scaled: Tensor = latents * vae.config.scaling_factor
+    return scaled
 
-    The error is the root mean square over a picture's pixels (their range is 2) once encoded and decoded.
-    """
-    parts = [vae.encode(part).latent_dist for part in torch.split(images, 200)]
-    latents = torch.cat([part.sample(generator=dice) for part in parts])
-    vae.register_to_config(scaling_factor=round(1 / float(latents.std()), 5))
-    back = torch.cat([vae.decode(part.mode()).sample for part in parts])
-    return latents * vae.config.scaling_factor, float((back - images).square().mean().sqrt())
+
+@torch.no_grad()
+def reconstruction_error(vae: Any, images: Tensor) -> float:
+    """Root mean square over the pixels (their range is 2) of images (N, 1, H, W) once encoded and decoded."""
+    error = vae.decode(vae.encode(images).latent_dist.mode()).sample - images
+    return round(float(error.square().mean().sqrt()), 5)
 
 
 def train_denoiser(
@@ -361,19 +325,20 @@ def evaluate(knobs: Knobs, folder: Path, classifier: Any) -> dict[str, Any]:
 
 
 def save(folder: Path, tokenizer: Any, denoiser: Any, vae: Any) -> None:
-    """Writes the pipeline's folder; the tokenizer also as vocab.json and merges.txt, which transformers 4 reads."""
+    """Writes the pipeline's folder, such that transformers 4 reads it as well as transformers 5.
+
+    Transformers 4 wants the tokenizer as vocab.json and merges.txt, and the names of the text encoder's weights as
+    every published Stable Diffusion has them, under "text_model.", which transformers 5 leaves out.
+    """
     pipeline = StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=denoiser.text_encoder,
-        tokenizer=tokenizer,
-        unet=denoiser.unet,
-        scheduler=build_scheduler(),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+        vae=vae, unet=denoiser.unet, text_encoder=denoiser.text_encoder, tokenizer=tokenizer,
+        scheduler=build_scheduler(), safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
     pipeline.save_pretrained(folder, safe_serialization=True)
     tokenizer.backend_tokenizer.model.save(str(folder / "tokenizer"))
+    named = denoiser.text_encoder.state_dict().items()
+    weights = {f"text_model.{name.removeprefix('text_model.')}": weight for name, weight in named}
+    save_file(weights, folder / "text_encoder" / "model.safetensors", {"format": "pt"})
 
 
 def digests(folder: Path) -> dict[str, dict[str, Any]]:
@@ -400,7 +365,8 @@ def make(knobs: Knobs, folder: Path) -> dict[str, Any]:
     classifier = SVC(kernel="rbf", C=10).fit(features(images[train]), labels[train])
     tokenizer = build_tokenizer(knobs)
     vae, vae_lines = train_vae(knobs, images[train], dice)
-    latents, vae_lines["rms_error"] = encode(vae, images[train], dice)
+    vae_lines["held_out_rms_error"] = reconstruction_error(vae, images[test])
+    latents = encode(vae, images[train], dice)
     denoiser, unet_lines = train_denoiser(knobs, tokenizer, latents, labels[train].tolist(), dice)
     save(folder, tokenizer, denoiser, vae)
     files = digests(folder)

@@ -1,0 +1,116 @@
+"""What a bundle's manifest says: artifacts, how each was proved, and what made it. Pure data, checked when read."""
+
+from __future__ import annotations
+
+from pathlib import PurePosixPath
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict
+
+SCHEMA = 1
+
+
+def inside(path: str) -> str:
+    """A path that stays in the bundle: relative, with no way up."""
+    pure = PurePosixPath(path)
+    if pure.is_absolute() or ".." in pure.parts or "\\" in path or not path:
+        raise ValueError(f"the path {path!r} leaves the bundle")
+    return path
+
+
+InsidePath = Annotated[str, AfterValidator(inside)]
+
+
+class Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class OutputError(Record):
+    """How far one output is from the reference. `relative` is the L2 norm of the difference over that of the
+    reference, `worst` the largest difference over the largest magnitude; `eager` the same `relative` for eager in the
+    artifact's own precision (None in fp32)."""
+
+    name: str
+    relative: float
+    worst: float
+    finite: bool
+    eager: float | None = None
+
+
+class ShapeParity(Record):
+    """One set of sizes: `traced`, `untraced` or `smallest`."""
+
+    name: str
+    sizes: dict[str, int]
+    outputs: list[OutputError]
+    passed: bool
+
+
+class Parity(Record):
+    """An artifact against eager fp32 on the same feeds. `how` is "whole", or "N segments" run one after another."""
+
+    backend: str
+    reference: str
+    how: str
+    rule: str
+    shapes: list[ShapeParity]
+    passed: bool
+    notes: list[str] = []
+
+    @property
+    def worst(self) -> float:
+        return max((o.relative for s in self.shapes for o in s.outputs), default=0.0)
+
+
+class Artifact(Record):
+    """A file of the bundle. `key` names everything that it depends on; `parents` are ids of artifacts it was made of."""
+
+    id: str
+    component: str
+    kind: Literal["onnx", "weights", "view", "engine", "aoti"]
+    path: InsidePath
+    bytes: int
+    sha256: str
+    parents: list[str] = []
+    spec: dict[str, Any] = {}
+    key: dict[str, str] = {}
+    versions: dict[str, str] = {}
+    seconds: dict[str, float] = {}
+    parity: Parity | None = None
+    downgrades: list[str] = []
+    notes: list[str] = []
+
+
+class AxisRecord(Record):
+    min: int
+    opt: int
+    max: int
+    step: int
+
+
+class TensorRecord(Record):
+    name: str
+    dtype: str
+    shape: list[int | str]
+    fill: str = "normal"
+
+
+class ComponentRecord(Record):
+    """A component as data: enough to feed and to read its artifacts without its source."""
+
+    name: str
+    role: str
+    class_name: str
+    axes: dict[str, AxisRecord]
+    inputs: list[TensorRecord]
+    outputs: list[str]
+
+
+class Manifest(Record):
+    """`manifest.json`. `trust` holds what the user allowed when it was made (`--allow-pickle`, ...)."""
+
+    schema_version: int = SCHEMA
+    source: str
+    trust: list[str] = []
+    components: dict[str, ComponentRecord] = {}
+    artifacts: dict[str, Artifact] = {}
