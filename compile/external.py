@@ -76,11 +76,17 @@ def externals(model: ir.Model) -> dict[str, ir.Value]:
     return found
 
 
-def header_for(tensors: Mapping[str, ir.TensorProtocol], metadata: Mapping[str, str]) -> bytes:
-    """The safetensors header, padded so that data starts at a multiple of 64 bytes."""
-    header: dict[str, object] = {"__metadata__": dict(metadata)}
+def ordered(model: ir.Model) -> dict[str, ir.TensorProtocol]:
+    """The large tensors by key, the largest first."""
+    found = {key: value.const_value for key, value in externals(model).items() if value.const_value is not None}
+    return dict(sorted(found.items(), key=lambda item: (-item[1].nbytes, item[0])))
+
+
+def header_of(model: ir.Model, metadata: Mapping[str, str] | None = None) -> bytes:
+    """The safetensors header of the model's large tensors, padded so that data starts at a multiple of 64 bytes."""
+    header: dict[str, object] = {"__metadata__": dict(metadata or {})}
     offset = 0
-    for key, tensor in tensors.items():
+    for key, tensor in ordered(model).items():
         header[key] = {"dtype": SAFETENSORS_TYPES[tensor.dtype], "shape": [int(d) for d in tensor.shape.numpy()],
                        "data_offsets": [offset, offset + tensor.nbytes]}
         offset += tensor.nbytes
@@ -88,16 +94,22 @@ def header_for(tensors: Mapping[str, ir.TensorProtocol], metadata: Mapping[str, 
     return text + b" " * (-(8 + len(text)) % 64)
 
 
-def write_weights(model: ir.Model, path: Path, metadata: Mapping[str, str], progress: Callable[[int, int], None]) -> None:
-    """Streams the model's large tensors into `path` and makes them external data of the graph.
+def header_bytes(path: Path) -> bytes:
+    """The header of a safetensors file as it stands there."""
+    with path.open("rb") as file:
+        return file.read(int.from_bytes(file.read(8), "little"))
 
-    `progress(done_bytes, all_bytes)` is called after each tensor. The caller gives a temporary path and moves it.
-    """
-    values = dict(sorted(externals(model).items(), key=lambda kv: -(kv[1].const_value.nbytes if kv[1].const_value else 0)))
-    tensors = {key: value.const_value for key, value in values.items() if value.const_value is not None}
-    header = header_for(tensors, metadata)
-    total = sum(t.nbytes for t in tensors.values())
-    done = 0
+
+def entries_of(header: bytes) -> dict[str, object]:
+    """The header's tensors without its metadata."""
+    return {k: v for k, v in json.loads(header).items() if k != "__metadata__"}
+
+
+def write_weights(model: ir.Model, path: Path, metadata: Mapping[str, str], progress: Callable[[int, int], None]) -> None:
+    """Streams the model's large tensors into `path`, one at a time; `progress(done_bytes, all_bytes)` after each."""
+    header = header_of(model, metadata)
+    tensors = ordered(model)
+    total, done = sum(t.nbytes for t in tensors.values()), 0
     with path.open("wb") as file:
         file.write(len(header).to_bytes(8, "little") + header)
         for tensor in tensors.values():
@@ -105,8 +117,6 @@ def write_weights(model: ir.Model, path: Path, metadata: Mapping[str, str], prog
             file.write(memoryview(data.reshape(-1).view(torch.uint8).numpy()) if data is not None else tensor.tobytes())
             done += tensor.nbytes
             progress(done, total)
-        file.flush()
-    inline_small(model)
 
 
 def point_at(model: ir.Model, location: str, header: bytes) -> None:

@@ -89,9 +89,8 @@ def take_users(graph: ir.Graph, old: ir.Value, new: ir.Value) -> None:
 
 def before(graph: ir.Graph, place: ir.Node, kind: str, inputs: Sequence[ir.Value | None], *, scope: str,
            like: ir.Value | None = None, shape: Iterable[Any] | None = None, **attributes: Any) -> ir.Node:
-    name = f"{scope}/{kind}" if scope else kind
-    taken = {n.name for n in (place.graph or graph) if n.op_type == kind} if kind in ("",) else set()
-    node = ir.node(kind, list(inputs), {k: v for k, v in attributes.items() if v is not None}, name=name if name not in taken else None)
+    node = ir.node(kind, list(inputs), {k: v for k, v in attributes.items() if v is not None},
+                   name=f"{scope}/{kind}" if scope else kind, metadata_props=dict(place.metadata_props))
     value = node.outputs[0]
     value.name = f"{place.name}>{kind}{len(inputs)}" if like is None else f"{place.name}>{kind}"
     if like is not None:
@@ -319,6 +318,7 @@ def pack_attention(graph: ir.Graph, node: ir.Node) -> str:
     attributes = {k: a.value for k, a in node.attributes.items()}
     new = before(graph, node, "Attention", [*packed, *node.inputs[3:]], scope=str(node.name).rpartition("/")[0],
                  like=merge.outputs[0], **attributes, q_num_heads=heads[0], kv_num_heads=heads[1])
+    new.metadata_props.update(merge.metadata_props)
     take_users(graph, merge.outputs[0], new.outputs[0])
     return DONE
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import sys
 import time
 from collections import deque
@@ -27,8 +28,6 @@ Profile = tuple[Shape, Shape, Shape]
 """Smallest, best and largest shape of one input; for an input that is a shape tensor, its values."""
 
 RTX_SMS = (75, 80, 86, 89, 120, 121)  # TensorRT-RTX 1.7.1; a test holds this against the installed one
-ATTENTION_HEAD_SIZES = range(9, 257)  # with a dedicated kernel, for every SM; seen by building 4 to 512
-NO_KERNEL = "not supported by a dedicated kernel"  # TensorRT's own words
 
 
 @dataclass(frozen=True)
@@ -57,8 +56,25 @@ class EngineSpec:
 
 
 @dataclass(frozen=True)
+class EngineLayer:
+    """One kernel of an engine. `reads` (weights too) and `writes`: TensorRT's names of types, such as Half, Int8, FP8.
+
+    `onnx` names the ONNX nodes that it computes; `name` of a fused attention contains "mha".
+    """
+
+    name: str
+    kind: str
+    reads: tuple[str, ...]
+    writes: tuple[str, ...]
+    onnx: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class EngineBuild:
-    """An engine on disk, and what it took. `downgrades` says what it does otherwise than the graph asks."""
+    """An engine on disk, and what it took. `downgrades` says what it does otherwise than the graph asks.
+
+    `layers` is TensorRT's own list, taken while it builds: it takes no GPU to see what was fused and what is in int8.
+    """
 
     path: Path
     flavour: str
@@ -67,6 +83,7 @@ class EngineBuild:
     seconds: float
     bytes: int
     profile: Mapping[str, Profile]
+    layers: tuple[EngineLayer, ...]
     downgrades: tuple[str, ...]
 
 
@@ -128,26 +145,28 @@ def engine_from_onnx(
     sm = spec.sm or current_gpu()[1]
     flavour = flavour_for(sm)
     trt, log, started = import_module(flavour.module), _log(flavour.module), time.perf_counter()
-    log.lines.clear()
+    log.clear()
     builder = trt.Builder(log)
     progress(f"{onnx_path.name}: parsing with {flavour.module} {flavour.version}")
     network, _parser = _network_from_onnx(trt, builder, onnx_path)  # the parser owns weights that the network reads
     config = _config_from_spec(trt, builder, spec, sm, flavour)
     profile = _profile_from_shapes(builder, network, config, shapes)
+    attentions = _decomposable_attentions(trt, network)
     progress(f"{onnx_path.name}: building the engine for sm{sm}")
-    plan, downgrades = _plan_from_network(trt, builder, network, config)
+    plan = builder.build_serialized_network(network, config)
     if plan is None:
         raise GateError(
             f"{onnx_path.name}: {flavour.module} {flavour.version} built no engine for sm{sm}",
-            got="\n    ".join(log.lines) or "no reason given",
-            mend="a component can be exported with a lower opset, another precision or a smaller shape range",
+            got="\n    ".join(log.errors) or "no reason given",
         )
+    layers = _layers_from_text(log.layers)
     size = _write(out, memoryview(plan))
     if spec.timing_cache:
         _write(spec.timing_cache, memoryview(config.get_timing_cache().serialize()))
     seconds = time.perf_counter() - started
     progress(f"{out.name}: {size / 2**20:.1f} MiB in {seconds:.1f} s")
-    return EngineBuild(out, flavour.module, flavour.version, sm, seconds, size, profile, downgrades)
+    downgrades = _decomposed(attentions, layers)
+    return EngineBuild(out, flavour.module, flavour.version, sm, seconds, size, profile, layers, downgrades)
 
 
 def _flavour(module: str) -> Flavour:
@@ -172,17 +191,23 @@ def _sm_list(sms: tuple[int, ...]) -> str:
 
 @lru_cache(maxsize=2)
 def _log(module: str) -> Any:
-    """The logger of a product: keeps its last errors. One for the whole process, as TensorRT ignores a second one."""
+    """The logger of a product; one for the whole process, as TensorRT ignores a second. Keeps errors and the layers."""
     base: Any = import_module(module).ILogger
 
     class Log(base):  # type: ignore[misc]  # the base class is known at run time only
         def __init__(self) -> None:
             base.__init__(self)
-            self.lines: deque[str] = deque(maxlen=6)
+            self.clear()
+
+        def clear(self) -> None:
+            self.errors: deque[str] = deque(maxlen=6)
+            self.layers = ""
 
         def log(self, severity: Any, text: str) -> None:
-            if severity <= base.ERROR and "cudaError 35" not in text:  # 35: no driver, which RTX does not need to build
-                self.lines.append(" ".join(text.split()))
+            if text.startswith("Layers:"):
+                self.layers = text
+            elif severity <= base.ERROR and "cudaError 35" not in text:  # 35: no driver, which RTX does not need here
+                self.errors.append(" ".join(text.split()))
 
     return Log()
 
@@ -217,6 +242,7 @@ def _parser_error(error: Any) -> str:
 
 def _config_from_spec(trt: Any, builder: Any, spec: EngineSpec, sm: int, flavour: Flavour) -> Any:
     config = builder.create_builder_config()
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # lists the layers; the engine grows by no byte
     if flavour.module == "tensorrt_rtx":
         config.num_compute_capabilities = 1
         config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{sm}"), 0)
@@ -263,44 +289,41 @@ def _fits(graph: Shape, profile: Profile) -> bool:
     return all((0 <= low <= best <= high) if dim < 0 else dim == low == best == high for dim, low, best, high in sizes)
 
 
-def _plan_from_network(trt: Any, builder: Any, network: Any, config: Any) -> tuple[Any, tuple[str, ...]]:
-    """The serialized engine (None: not built), and which attentions were decomposed.
-
-    TensorRT refuses an attention that has no dedicated kernel unless it is marked decomposable. Those that are known to
-    have none are marked first; where others turn up, all are marked (one that has a kernel keeps it: the engines are
-    equal to the byte) and named.
-    """
-    downgrades = _decompose(trt, network)
-    plan = builder.build_serialized_network(network, config)
-    if plan is None and any(NO_KERNEL in line for line in _log(trt.__name__).lines):
-        _log(trt.__name__).lines.clear()
-        downgrades += _decompose(trt, network, otherwise="some attention of this graph has no dedicated kernel")
-        plan = builder.build_serialized_network(network, config)
-    return plan, downgrades
-
-
-def _decompose(trt: Any, network: Any, otherwise: str | None = None) -> tuple[str, ...]:
-    """Mark each attention that is known to have no kernel, or all where `otherwise` says why; what was marked newly."""
-    marked = []
+def _decomposable_attentions(trt: Any, network: Any) -> dict[str, str]:
+    """Let TensorRT decompose each attention for which it lacks a kernel, where it would fail: ONNX node -> query."""
+    queries = {}
     for layer in map(network.get_layer, range(network.num_layers)):
-        if layer.type != getattr(trt.LayerType, "ATTENTION_INPUT", None):
-            continue
-        layer.__class__ = trt.IAttentionInputLayer  # the binding gives a bare ILayer
-        reason = _why_no_kernel(trt, layer.get_input(0)) or otherwise
-        if reason and not layer.attention.decomposable:
+        if layer.type == getattr(trt.LayerType, "ATTENTION_OUTPUT", None):
+            layer.__class__ = trt.IAttentionOutputLayer  # the binding gives a bare ILayer
             layer.attention.decomposable = True
-            marked.append(f"attention {layer.name.removesuffix('_AttentionInput')}: decomposed: {reason}")
-    return tuple(marked)
+            query = layer.attention.get_input(0)  # [batch, heads, tokens, head size]
+            queries.update(dict.fromkeys(_onnx_nodes(layer.metadata), f"{query.dtype.name} {tuple(query.shape)}"))
+    return queries
 
 
-def _why_no_kernel(trt: Any, query: Any) -> str | None:
-    """Why an attention with this query [batch, heads, tokens, head size] has no dedicated kernel."""
-    head_size = query.shape[-1]
-    if head_size >= 0 and head_size not in ATTENTION_HEAD_SIZES:
-        return f"head size {head_size}"
-    if query.dtype == trt.DataType.FLOAT:
-        return "fp32"
-    return None
+def _decomposed(attentions: Mapping[str, str], layers: tuple[EngineLayer, ...]) -> tuple[str, ...]:
+    said = "decomposed" if layers else "perhaps decomposed, as TensorRT listed no layers"
+    fused = {node for layer in layers if layer.kind == "kgen" and "mha" in layer.name for node in layer.onnx}
+    return tuple(
+        f"attention {node}: {said}: no fused kernel for a query of {query}"
+        for node, query in attentions.items()
+        if node not in fused
+    )
+
+
+def _layers_from_text(text: str) -> tuple[EngineLayer, ...]:
+    """TensorRT's log, a layer a line: `Name: .., LayerType: .., Inputs: [..], Outputs: [..], [ONNX Layer: ..][..]`."""
+    layers = []
+    for line in text.partition("\n\n")[0].splitlines():
+        if head := re.match(r"Name: (.*?), LayerType: (\w+)", line):
+            reads, _, writes = (re.findall(r"Datatype: (\w+)", part) for part in line.partition("Outputs: ["))
+            layers.append(EngineLayer(head[1], head[2], tuple(reads), tuple(writes), _onnx_nodes(line)))
+    return tuple(layers)
+
+
+def _onnx_nodes(metadata: str) -> tuple[str, ...]:
+    r"""`[ONNX Layer: a]\x1f[ONNX Layer: b]` (the unit separator divides them, and terminals hide it) -> ("a", "b")."""
+    return tuple(re.findall(r"\[ONNX Layer: (.*?)\](?=\x1f|$)", metadata))
 
 
 def _write(path: Path, data: memoryview) -> int:

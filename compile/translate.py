@@ -34,6 +34,7 @@ TYPES: Mapping[torch.dtype, ir.DataType] = {
     torch.bool: ir.DataType.BOOL,
 }
 SYMBOLIC = (int, float, bool, torch.SymInt, torch.SymFloat, torch.SymBool)
+ORIGIN = "optimize.torch_node"  # metadata of an ONNX node: the torch node that it (partly) computes
 MOST_FOLDED = 1 << 22  # elements: a larger constant is left to be computed at run time
 
 
@@ -83,7 +84,8 @@ class Builder:
         self.opset = opset
         self.nodes: list[ir.Node] = []
         self.initializers: dict[str, ir.Value] = {}
-        self.scope = ""
+        self.scope = ""  # path of the module that is being written
+        self.origin = ""  # name of the torch node that is being written
         self.words: dict[sympy.Symbol, sympy.Expr] = {}
         self._written: dict[sympy.Expr, str] = {}
         self._names: Counter[str] = Counter()
@@ -110,7 +112,7 @@ class Builder:
                 value.type = ir.TensorType(ir.DataType(attributes["to"])) if kind == "Cast" else kind_of
                 value.type = ir.TensorType(ir.DataType.INT64) if kind == "Shape" else value.type
         self.nodes.append(ir.node(kind, list(inputs), {k: v for k, v in attributes.items() if v is not None},
-                                  outputs=values, name=name))
+                                  outputs=values, name=name, metadata_props={ORIGIN: self.origin} if self.origin else None))
         return values[0] if outputs == 1 else tuple(values)
 
     def describe(self, value: ir.Value, out: Out) -> None:
@@ -160,13 +162,14 @@ class Builder:
     def _compute(self, e: sympy.Expr) -> ir.Value:
         kind = type(e).__name__
         scope, self.scope = self.scope, "sizes"
+        origin, self.origin = self.origin, ""
         try:
             if e.is_Pow and e.exp.is_Integer and e.exp > 0:
                 return self._reduce("Mul", [e.base] * int(e.exp))
             if kind in SIZE_OPS:
                 return self._reduce(SIZE_OPS[kind], list(e.args))
         finally:
-            self.scope = scope
+            self.scope, self.origin = scope, origin
         raise Untranslated({f"size expression {e} ({kind})"})
 
     def _reduce(self, kind: str, terms: list[sympy.Expr]) -> ir.Value:
@@ -389,7 +392,7 @@ class Translator:
         args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda n: self.env[n])
         if node.target is operator.getitem:
             return args[0][args[1]]
-        self.graph.scope = scope_of(node)
+        self.graph.scope, self.graph.origin = scope_of(node), node.name
         folded = self.fold(node, args, kwargs)
         if folded is not None:
             return folded

@@ -1,0 +1,170 @@
+"""Runners: context managers with one method, `infer(feeds) -> outputs`, torch tensors by name on both sides."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+import numpy as np
+import torch
+
+from optimize.errors import InputError, MissingError
+
+from .onnx_model import same_as
+from .spec import Component
+from .trace import cast
+
+Feeds = Mapping[str, torch.Tensor]
+
+
+class Runner(Protocol):
+    """`with runner: outputs = runner.infer(feeds)`. Outputs live as long as the caller keeps them."""
+
+    name: str
+
+    def __enter__(self) -> Self: ...
+    def __exit__(self, *error: Any) -> None: ...
+    def infer(self, feeds: Feeds) -> dict[str, torch.Tensor]: ...
+
+
+def check_names(feeds: Feeds, expected: Sequence[str]) -> None:
+    if set(feeds) != set(expected):
+        raise InputError("the feeds do not fit the component", got=", ".join(sorted(feeds)), expected=", ".join(expected))
+
+
+# --- eager -----------------------------------------------------------------------------------------------------------
+
+
+def loaded_module(component: Component, precision: str) -> torch.nn.Module:
+    """The torch module with its weights in this precision, tied ones shared."""
+    module = cast(component.build(), precision)
+    weights = component.weights.bind(module)
+    tied = same_as(module)
+    made: dict[str, torch.Tensor] = {}
+    for name, slot in list(module.state_dict(keep_vars=True).items()):
+        source = tied.get(name, name)
+        if source not in made:
+            made[source] = weights.tensor(source).to(slot.dtype).reshape(slot.shape).contiguous()
+        set_tensor(module, name, made[source])
+    return module
+
+
+def set_tensor(module: torch.nn.Module, name: str, value: torch.Tensor) -> None:
+    path, _, last = name.rpartition(".")
+    child = module.get_submodule(path)
+    if last in child._parameters:
+        child._parameters[last] = torch.nn.Parameter(value, requires_grad=False)
+    else:
+        child._buffers[last] = value
+
+
+class EagerRunner:
+    """torch as it is: the reference. `streamed` reads each module's weights when it runs and forgets them after."""
+
+    name = "eager"
+
+    def __init__(self, component: Component, precision: str = "fp32", *, streamed: bool = False) -> None:
+        self.component, self.precision, self.streamed = component, precision, streamed
+        self._module: torch.nn.Module | None = None
+
+    def __enter__(self) -> Self:
+        if self.streamed:
+            self._module = streamed_module(self.component, self.precision)
+        else:
+            self._module = loaded_module(self.component, self.precision)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._module = None
+
+    def infer(self, feeds: Feeds) -> dict[str, torch.Tensor]:
+        assert self._module is not None, "use the runner in a with statement"
+        check_names(feeds, [t.name for t in self.component.inputs])
+        with torch.inference_mode():
+            outputs = self._module(*(feeds[t.name] for t in self.component.inputs))
+        return dict(zip(self.component.outputs, outputs, strict=True))
+
+
+def streamed_module(component: Component, precision: str) -> torch.nn.Module:
+    """The module on meta, with hooks that bring each submodule's own tensors in before it runs and drop them after."""
+    module = cast(component.build(), precision)
+    weights = component.weights.bind(module)
+    tied = same_as(module)
+    checkpoint = {name: tensor.dtype for name, tensor in module.state_dict(keep_vars=True).items()}
+    for prefix, child in module.named_modules():
+        own = [n for n in (*child._parameters, *child._buffers) if f"{prefix}.{n}".lstrip(".") in checkpoint]
+        shapes = {n: slot.shape for n in own if (slot := child._parameters.get(n, child._buffers.get(n))) is not None}
+        if not shapes:
+            continue
+
+        def load(child: torch.nn.Module, _: Any, prefix: str = prefix, shapes: Any = shapes) -> None:
+            for n, shape in shapes.items():
+                full = f"{prefix}.{n}".lstrip(".")
+                set_tensor(child, n, weights.tensor(tied.get(full, full)).to(checkpoint[full]).reshape(shape))
+
+        def drop(child: torch.nn.Module, *_: Any, shapes: Any = shapes) -> None:
+            for n, shape in shapes.items():
+                old = child._parameters[n] if n in child._parameters else child._buffers[n]
+                assert old is not None
+                set_tensor(child, n, torch.empty(shape, dtype=old.dtype, device="meta"))
+
+        if child is module or not list(child.children()):
+            child.register_forward_pre_hook(load)
+            child.register_forward_hook(drop)
+        else:  # parameters beside submodules (a position table) stay for as long as the module that uses them
+            child.register_forward_pre_hook(load)
+            child.register_forward_hook(drop)
+    return module
+
+
+# --- ONNX Runtime ----------------------------------------------------------------------------------------------------
+
+NUMPY_OF_ORT = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64,
+                "tensor(int32)": np.int32, "tensor(bool)": np.bool_, "tensor(double)": np.float64}
+
+
+class OnnxRuntimeRunner:
+    """ONNX Runtime on one provider. A session that would put a node elsewhere is refused."""
+
+    name = "onnxruntime"
+
+    def __init__(self, path: Path, provider: str = "CPUExecutionProvider", *, threads: int = 0, optimize: bool = True) -> None:
+        self.path, self.provider, self.threads, self.optimize = path, provider, threads, optimize
+        self._session: Any = None
+
+    def __enter__(self) -> Self:
+        if importlib.util.find_spec("onnxruntime") is None:
+            raise MissingError("ONNX Runtime is not installed", mend="pip install onnxruntime-gpu (or onnxruntime)")
+        import onnxruntime as ort
+
+        if self.provider not in ort.get_available_providers():
+            raise MissingError(f"ONNX Runtime has no {self.provider} here", got=", ".join(ort.get_available_providers()))
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        options.intra_op_num_threads = self.threads
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        if not self.optimize:
+            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        self._session = ort.InferenceSession(str(self.path), options, providers=[self.provider])
+        if self._session.get_providers()[0] != self.provider:
+            raise MissingError(f"ONNX Runtime fell back from {self.provider}", got=self._session.get_providers())
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._session = None
+
+    def infer(self, feeds: Feeds) -> dict[str, torch.Tensor]:
+        assert self._session is not None, "use the runner in a with statement"
+        inputs = {i.name: i.type for i in self._session.get_inputs()}
+        unused = set(feeds) - set(inputs)
+        check_names({n: t for n, t in feeds.items() if n not in unused}, list(inputs))
+        arrays = {n: feeds[n].numpy().astype(NUMPY_OF_ORT[kind], copy=False) for n, kind in inputs.items()}
+        names = [o.name for o in self._session.get_outputs()]
+        return {n: torch.from_numpy(np.asarray(v)) for n, v in zip(names, self._session.run(None, arrays), strict=True)}
+
+
+BACKENDS: Mapping[str, Callable[[Path], OnnxRuntimeRunner]] = {"onnxruntime": OnnxRuntimeRunner}
+"""Backend name -> a runner of an artifact's file."""

@@ -1,0 +1,131 @@
+"""Parity: an artifact's outputs against eager fp32 on the same feeds, at sizes that were traced and that were not.
+
+The rule by precision: fp32 within 1e-4 of the reference; fp16 and bf16 within 1.05 times the error that eager itself
+makes in that precision. All errors are relative, in the L2 norm; the largest single difference stands beside them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from optimize.compile.feeds import feeds_for
+from optimize.compile.records import OutputError, Parity, ShapeParity
+from optimize.compile.runners import EagerRunner
+from optimize.compile.spec import Component
+
+FP32_LIMIT = 1e-4
+EAGER_FACTOR = 1.05
+MANY, MOST_SEEDS = 8192, 16
+ROUNDING = {"fp16": 2.0**-11, "bf16": 2.0**-8}
+"""Half a unit in the last place: eager can be exact by luck (an identity), an artifact may still round once."""
+
+Tensors = Mapping[str, torch.Tensor]
+Sizes = Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Eager fp32's outputs and, below fp32, eager's own in that precision, for one set of sizes and one seed."""
+
+    name: str
+    sizes: Mapping[str, int]
+    feeds: Tensors
+    exact: Tensors
+    own: Tensors | None
+
+
+def rule_of(precision: str) -> str:
+    return f"relative error <= {FP32_LIMIT:g}" if precision == "fp32" else f"relative error <= {EAGER_FACTOR} x eager {precision}'s own"
+
+
+def references(component: Component, precision: str, *, streamed: bool, say: Callable[[str], None]) -> list[Reference]:
+    """Runs eager at all sets of sizes: fp32 first, then the precision itself (one model in memory at a time)."""
+    cases: list[tuple[str, Sizes, Tensors]] = []
+    exact: list[Tensors] = []
+    say("eager fp32")
+    with EagerRunner(component, "fp32", streamed=streamed) as eager:
+        for name, sizes in component.shape_sets().items():
+            seed, seeds = 0, 1
+            while seed < seeds:
+                feeds = feeds_for(component.inputs, sizes, precision, seed)
+                cases.append((name, sizes, feeds))
+                exact.append(eager.infer(widened(feeds)))
+                if precision != "fp32":  # two errors are compared: take draws until the smallest output has many numbers
+                    seeds = min(MOST_SEEDS, math.ceil(MANY / min(t.numel() for t in exact[-1].values())))
+                seed += 1
+    own: list[Tensors | None] = [None] * len(cases)
+    if precision != "fp32":
+        say(f"eager {precision}")
+        with EagerRunner(component, precision, streamed=streamed) as eager:
+            own = [eager.infer(feeds) for _, _, feeds in cases]
+    return [Reference(*case, e, o) for case, e, o in zip(cases, exact, own, strict=True)]
+
+
+def widened(feeds: Tensors) -> dict[str, torch.Tensor]:
+    """The same numbers in fp32."""
+    return {k: t.float() if t.dtype in (torch.float16, torch.bfloat16) else t for k, t in feeds.items()}
+
+
+def error_of(name: str, results: list[tuple[Reference, Tensors]]) -> OutputError:
+    """Compares one output over all seeds of a set of sizes. Sizes that differ, or values that are not finite where
+    the reference is, are infinitely off."""
+    got = [outputs[name] for _, outputs in results]
+    exact = [r.exact[name] for r, _ in results]
+    own = [r.own[name] for r, _ in results if r.own is not None]
+    relative, worst = distance(got, exact)
+    return OutputError(name=name, relative=relative, worst=worst, finite=all(bool(torch.isfinite(t.float()).all()) for t in got),
+                       eager=distance(own, exact)[0] if own else None)
+
+
+def distance(got: Sequence[torch.Tensor], exact: Sequence[torch.Tensor]) -> tuple[float, float]:
+    """(L2, largest) difference of several tensors together, relative to the reference's norm and largest magnitude."""
+    if any(a.shape != b.shape for a, b in zip(got, exact, strict=True)):
+        return math.inf, math.inf
+    a, b = (torch.cat([t.double().reshape(-1) for t in tensors]) for tensors in (got, exact))
+    if not b.numel():
+        return 0.0, 0.0
+    same = a == b  # infinities that agree (a mask) are no difference
+    difference, size = torch.where(same, 0.0, a - b), torch.where(same & ~torch.isfinite(b), 0.0, b)
+    relative = float(torch.linalg.vector_norm(difference)) / max(float(torch.linalg.vector_norm(size)), 1e-30)
+    worst = float(difference.abs().max()) / max(float(size.abs().max()), 1e-30)
+    return (math.inf if math.isnan(relative) else relative), (math.inf if math.isnan(worst) else worst)
+
+
+def within(error: OutputError, precision: str) -> bool:
+    if precision == "fp32":
+        return error.relative <= FP32_LIMIT and error.worst <= 10 * FP32_LIMIT
+    if error.eager is None:
+        return False
+    if math.isinf(error.eager):  # eager itself overflows here: there is nothing to be held to, and nothing proved
+        return False
+    return error.relative <= max(EAGER_FACTOR * error.eager, ROUNDING[precision])
+
+
+def parity_of(outputs_by_shape: Iterable[Tensors], component: Component, precision: str, known: list[Reference], *,
+              backend: str, how: str = "whole", notes: list[str] | None = None) -> Parity:
+    """Compares the artifact's outputs, one set for each reference in their order."""
+    results = list(zip(known, outputs_by_shape, strict=True))
+    shapes = []
+    for name in dict.fromkeys(r.name for r in known):
+        group = [pair for pair in results if pair[0].name == name]
+        errors = [error_of(output, group) for output in component.outputs]
+        passed = all(within(e, precision) for e in errors)
+        shapes.append(ShapeParity(name=name, sizes=dict(group[0][0].sizes), outputs=errors, passed=passed))
+    return Parity(backend=backend, reference="eager fp32", how=how, rule=rule_of(precision), shapes=shapes,
+                  passed=all(s.passed for s in shapes), notes=notes or [])
+
+
+def worst_miss(parity: Parity, precision: str) -> tuple[ShapeParity, OutputError]:
+    """The set of sizes and the output that are furthest over the rule."""
+    misses = [(s, o) for s in parity.shapes for o in s.outputs if not within(o, precision)]
+    return max(misses, key=lambda pair: pair[1].relative / max(pair[1].eager or FP32_LIMIT, 1e-12))
+
+
+def as_text(parity: Parity) -> dict[str, Any]:
+    """One line per set of sizes, for tables."""
+    return {s.name: f"{max(o.relative for o in s.outputs):.1e}" for s in parity.shapes}

@@ -1,0 +1,81 @@
+"""Runs a graph that is too large for the machine: cut into pieces that fit, one session after another.
+
+Every node of the artifact itself is run, at real size and depth; only the order of loading differs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import torch
+
+from optimize.compile.emulate import emulated_bf16
+from optimize.compile.runners import OnnxRuntimeRunner
+
+Tensors = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Some nodes in a row: the values that they need from before and those that are needed after."""
+
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+
+def segments_of(model: ir.Model, budget: int) -> list[Segment]:
+    """Cuts the graph wherever the weights since the last cut exceed `budget` bytes."""
+    nodes = list(model.graph)
+    groups: list[list[ir.Node]] = [[]]
+    size, seen = 0, set[ir.Value]()
+    for node in nodes:
+        own = {v for v in node.inputs if v is not None and v.const_value is not None} - seen
+        weight = sum(v.const_value.nbytes for v in own if v.const_value is not None)
+        if groups[-1] and size + weight > budget:
+            groups.append([])
+            size, seen, weight = 0, set(), sum(v.const_value.nbytes for v in own if v.const_value is not None)
+        groups[-1].append(node)
+        size, seen = size + weight, seen | own
+    return list(interfaces(model, groups))
+
+
+def interfaces(model: ir.Model, groups: list[list[ir.Node]]) -> Iterator[Segment]:
+    finals = set(model.graph.outputs)
+    for group in groups:
+        inside = set(group)
+        made = [v for node in group for v in node.outputs]
+        needed = dict.fromkeys(v for node in group for v in node.inputs
+                               if v is not None and v.const_value is None and v.producer() not in inside)
+        leaving = [v for v in made if v in finals or any(u.node not in inside for u in v.uses())]
+        if leaving:
+            yield Segment(tuple(str(v.name) for v in needed), tuple(str(v.name) for v in leaving))
+
+
+def run_segments(path: Path, segments: list[Segment], feeds: list[Mapping[str, torch.Tensor]], *, emulate: bool) -> list[Tensors]:
+    """Runs the pieces of the graph at `path` for all feeds; gives the values of the last interface and all outputs."""
+    model = ir.load(path)
+    last_use = {name: i for i, s in enumerate(segments) for name in s.inputs}
+    outputs = {str(v.name) for v in model.graph.outputs}
+    known: list[Tensors] = [dict(f) for f in feeds]
+    for i, segment in enumerate(segments):
+        piece = piece_of(model, segment)
+        part = path.with_name(f"{path.stem}.segment.onnx")
+        ir.save(emulated_bf16(piece) if emulate else piece, part)
+        with OnnxRuntimeRunner(part) as runner:
+            for values in known:
+                values.update(runner.infer({n: values[n] for n in segment.inputs}))
+        part.unlink()
+        for values in known:
+            for name in [n for n in values if last_use.get(n, -1) <= i and n not in outputs]:
+                del values[name]
+    return known
+
+
+def piece_of(model: ir.Model, segment: Segment) -> ir.Model:
+    """A model of one segment's nodes, its weights still in the whole model's file."""
+    graph: Any = ir.convenience.extract(model.graph, list(segment.inputs), list(segment.outputs))
+    return ir.Model(graph, ir_version=model.ir_version)

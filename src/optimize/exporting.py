@@ -1,0 +1,374 @@
+"""`optimize.export`: the pipeline from a source to a bundle of proved artifacts. `STEPS` is what `--dry-run` prints."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from optimize.errors import GateError, InputError, MissingError
+from optimize.progress import Progress
+
+if TYPE_CHECKING:
+    from optimize.compile.bundle import Bundle
+    from optimize.compile.records import Artifact
+    from optimize.compile.spec import Component
+
+STEPS = ("trace on meta tensors", "translate to ONNX", "clean up", "stream weights", "check with onnx.checker",
+         "prove parity against eager fp32", "build engines", "record in the manifest")
+FORMATS = ("onnx", "tensorrt")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What was asked for, in typed values: the words of the command line, checked."""
+
+    source: str
+    out: Path
+    components: tuple[str, ...] = ()
+    precisions: tuple[str, ...] = ("fp32",)
+    formats: tuple[str, ...] = ("onnx",)
+    targets: tuple[tuple[str, int], ...] = ()
+    axes: tuple[str, ...] = ()
+    opset: int = 23
+    trust: tuple[str, ...] = ()
+    weight_streaming: bool = False
+    timing_cache: Path | None = None
+    memory: int | None = None
+
+
+@dataclass(frozen=True)
+class Step:
+    """One thing to make: an ONNX artifact or an engine, and why it is made or kept."""
+
+    artifact: str
+    component: Component
+    precision: str
+    key: Mapping[str, str]
+    why: str
+    hit: bool
+    target: tuple[str, int] | None = None
+
+
+@dataclass
+class Plan:
+    """What an export will do, in order."""
+
+    request: Request
+    components: tuple[Component, ...]
+    steps: list[Step] = field(default_factory=list)
+
+
+def request_from_words(source: str, out: Path | str, *, components: Sequence[str] = (), precisions: Sequence[str] = ("fp32",),
+                       formats: Sequence[str] = ("onnx",), targets: Sequence[str] = (), axes: Sequence[str] = (), opset: int = 23,
+                       allow_pickle: bool = False, trust_remote_code: bool = False, weight_streaming: bool = False,
+                       timing_cache: Path | None = None, memory: int | None = None) -> Request:
+    """Checks words that need no model. Raises InputError for unknown precisions, formats, targets and opsets."""
+    from optimize.compile.spec import PRECISIONS
+    from optimize.profiles.targets import sm_from_target
+
+    choose("precision", precisions, PRECISIONS)
+    choose("format", formats, FORMATS)
+    if not 18 <= opset <= 25:
+        raise InputError(f"opset {opset} is not served", expected="18 to 25; 23 has the standard Attention and norm nodes")
+    if targets and "tensorrt" not in formats:
+        formats = (*formats, "tensorrt")
+    if "tensorrt" in formats and not targets:
+        targets = ("current",)
+    found = tuple(sm_from_target(t) for t in targets)
+    trust = (*(["pickle"] if allow_pickle else []), *(["remote code"] if trust_remote_code else []))
+    return Request(source, Path(out), tuple(components), tuple(dict.fromkeys(precisions)), tuple(dict.fromkeys(formats)),
+                   found, tuple(axes), opset, trust, weight_streaming, timing_cache, memory)
+
+
+def choose(what: str, words: Iterable[str], known: Iterable[str]) -> None:
+    for word in words:
+        if word not in known:
+            raise InputError(f"unknown {what} {word}", expected="one of " + ", ".join(known))
+
+
+# --- planning --------------------------------------------------------------------------------------------------------
+
+
+def components_for(request: Request) -> tuple[Component, ...]:
+    """The source's components, chosen and with the axes asked for."""
+    from optimize.compile.sources import Trust, source_from_text
+    from optimize.compile.spec import axis_from_text
+
+    source = source_from_text(request.source, Trust("pickle" in request.trust, "remote code" in request.trust))
+    known = {c.name: c for c in source.components}
+    choose("component", request.components, known)
+    chosen = [known[name] for name in request.components] or list(source.components)
+    for text in request.axes:
+        takers = [c for c in chosen if text.partition("=")[0] in c.axes]
+        everywhere = {name: axis for c in chosen for name, axis in c.axes.items()}
+        if not takers:
+            axis_from_text(text, everywhere)  # raises: the axis is unknown
+        for c in takers:
+            axis = axis_from_text(text, c.axes)
+            chosen[chosen.index(c)] = c.with_axes({axis.name: axis})
+    return tuple(chosen)
+
+
+def plan_from_request(request: Request, bundle: Bundle | None) -> Plan:
+    """What there is to do, and for each step whether the bundle has it already."""
+    plan = Plan(request, components_for(request))
+    for component in plan.components:
+        for precision in request.precisions:
+            key = key_of(component, precision, request)
+            step = step_for(bundle, onnx_id(component.name, precision, request.opset), component, precision, key, None)
+            plan.steps.append(step)
+            for target in request.targets:
+                name, sm = target
+                engine_key = {**key, "sm": str(sm), "weight streaming": str(request.weight_streaming), "tensorrt": flavour_text(sm)}
+                id_ = f"{component.name}/{precision}/sm{sm}"
+                plan.steps.append(step_for(bundle, id_, component, precision, engine_key, target))
+    return plan
+
+
+def step_for(bundle: Bundle | None, id_: str, component: Component, precision: str, key: Mapping[str, str],
+             target: tuple[str, int] | None) -> Step:
+    """A step with the cache's answer: `hit`, or what differs from what the bundle has."""
+    old = bundle.manifest.artifacts.get(id_) if bundle else None
+    if bundle is None or old is None:
+        return Step(id_, component, precision, key, "new", False, target)
+    changed = sorted(k for k in {*key, *old.key} if key.get(k) != old.key.get(k))
+    if changed:
+        return Step(id_, component, precision, key, "changed: " + ", ".join(changed), False, target)
+    family = [bundle.manifest.artifacts.get(i) for i in (*old.parents, id_)]
+    broken = [i for i, a in zip((*old.parents, id_), family, strict=True) if a is None or not bundle.whole(a)]
+    if broken:
+        return Step(id_, component, precision, key, "file missing or changed: " + ", ".join(broken), False, target)
+    return Step(id_, component, precision, key, "unchanged", True, target)
+
+
+def onnx_id(component: str, precision: str, opset: int) -> str:
+    return f"{component}/{precision}" if opset == 23 else f"{component}/{precision}/opset{opset}"
+
+
+def flavour_text(sm: int) -> str:
+    from optimize.compile.tensorrt import flavour_for
+
+    flavour = flavour_for(sm)
+    return f"{flavour.module} {flavour.version}"
+
+
+def key_of(component: Component, precision: str, request: Request) -> dict[str, str]:
+    """Everything that an ONNX artifact depends on, by name."""
+    config = json.dumps(component.config, sort_keys=True, default=str)
+    return {
+        "weights": component.weights.digest(), "config": digest(config), "precision": precision, "opset": str(request.opset),
+        "axes": json.dumps({n: asdict(a) for n, a in component.axes.items()}, sort_keys=True), "exporter": exporter_digest(),
+        **{f"version of {k}": v for k, v in versions().items()},
+    }
+
+
+def digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@cache
+def exporter_digest() -> str:
+    """Digest of this product's own exporting code: a change in it is a change of what it writes."""
+    import optimize.compile
+
+    folder = Path(str(optimize.compile.__file__)).parent
+    return digest("".join(p.read_text() for p in sorted(folder.glob("*.py"))))
+
+
+@cache
+def versions() -> dict[str, str]:
+    found = {}
+    for name in ("optimize", "torch", "onnx", "onnx-ir", "diffusers", "transformers"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "absent"
+    return found
+
+
+# --- doing -----------------------------------------------------------------------------------------------------------
+
+
+def run_plan(plan: Plan, bundle: Bundle, progress: Progress) -> Bundle:
+    """Makes what the plan says is missing. Every artifact is proved before the manifest claims it."""
+    for step in plan.steps:
+        label = step.artifact
+        if step.hit:
+            continue
+        if step.target is None:
+            make_onnx(step, plan.request, bundle, progress)
+        else:
+            make_engine(step, plan.request, bundle, progress)
+        del label
+    return bundle
+
+
+def make_onnx(step: Step, request: Request, bundle: Bundle, progress: Progress) -> None:
+    """Trace, translate, write, check, prove, adopt."""
+    import onnx
+    import onnx_ir as ir
+
+    from optimize.compile import external, onnx_model
+    from optimize.compile.bundle import FAILED
+    from optimize.gate import miss, parity_of_onnx, plan_for
+
+    component, precision = step.component, step.precision
+    stem = step.artifact.replace("/", ".")
+    need_disk(bundle.root, component, precision)
+    with bundle.workspace(step.artifact) as folder, progress.step(step.artifact):
+        clock = onnx_model.Clock(progress.say)
+        model, _, rules = onnx_model.graph_from_component(component, precision, request.opset, clock)
+        model.metadata_props.update(metadata_of(step, request))
+        onnx_model.drop_unused_initializers(model)
+        graph_path, view_path = folder / f"{stem}.onnx", folder / f"{stem}.view.onnx"
+        shared = shared_weights(model, step, bundle)
+        weights_path = folder / (shared.path.rpartition("/")[2] if shared else f"{stem}.safetensors")
+        with clock("write"):
+            if shared:
+                weights_path.hardlink_to(bundle.path(shared))
+            else:
+                external.write_weights(model, weights_path, {"optimize": json.dumps(step.key["weights"])}, progress.part)
+            external.inline_small(model)
+            external.point_at(model, weights_path.name, external.header_bytes(weights_path))
+            ir.save(model, graph_path)
+            ir.save(external.stripped(model), view_path)
+        nodes = len(model.graph)
+        del model
+        with clock("check"):
+            onnx.checker.check_model(str(graph_path), full_check=True)
+        with clock("parity"):
+            how = plan_for(component, request.memory)
+            parity = parity_of_onnx(graph_path, component, precision, how, progress.say)
+        if not parity.passed:
+            raise miss(graph_path, component, precision, parity, bundle.root / FAILED / stem, progress.say)
+        adopt(step, request, bundle, folder, nodes, clock.seconds, rules, parity, shared)
+
+
+def metadata_of(step: Step, request: Request) -> dict[str, str]:
+    """What the graph itself says of how it was made."""
+    return {"optimize.source": request.source, "optimize.component": step.component.name,
+            "optimize.class": step.component.class_name, "optimize.precision": step.precision,
+            **{f"optimize.{k.replace(' ', '_')}": v for k, v in step.key.items() if k.startswith("version") or k == "weights"},
+            "optimize.axes": json.dumps({n: str(a) for n, a in step.component.axes.items()})}
+
+
+def shared_weights(model: Any, step: Step, bundle: Bundle) -> Artifact | None:
+    """A weights file that the bundle has already, of the same component and precision, and with the same tensors."""
+    from optimize.compile import external
+
+    header = external.header_of(model)
+    for artifact in bundle.artifacts(step.component.name, "weights"):
+        same = artifact.spec.get("precision") == step.precision and artifact.key.get("weights") == step.key["weights"]
+        if same and artifact.id != f"{step.artifact}/weights" and bundle.whole(artifact):
+            kept = external.header_bytes(bundle.path(artifact))
+            if external.entries_of(kept) == external.entries_of(header):
+                return artifact
+    return None
+
+
+def adopt(step: Step, request: Request, bundle: Bundle, folder: Path, nodes: int, seconds: Mapping[str, float],
+          rules: Mapping[str, Any], parity: Any, shared: Artifact | None) -> None:
+    """Moves the files into the bundle and claims them, weights first."""
+    from optimize.compile.digests import digest_of_file
+    from optimize.compile.records import Artifact
+
+    name = step.component.name
+    spec = {"precision": step.precision, "opset": request.opset, "nodes": nodes,
+            "rules": {k: r.rewritten for k, r in rules.items() if r.rewritten},
+            "declined": {k: r.declined for k, r in rules.items() if r.declined}}
+    weights_id = shared.id if shared else f"{step.artifact}/weights"
+    kinds = {".safetensors": ("weights", weights_id, []), ".view.onnx": ("view", f"{step.artifact}/view", [step.artifact]),
+             ".onnx": ("onnx", step.artifact, [weights_id])}
+    made = []
+    for file in sorted(folder.iterdir()):
+        kind, id_, parents = next(v for end, v in kinds.items() if file.name.endswith(end))
+        if kind == "weights" and shared:
+            continue
+        relative = f"{name}/{file.name}"
+        path = bundle.adopt(file, relative)
+        made.append(Artifact(
+            id=id_, component=name, kind=kind, path=relative, bytes=path.stat().st_size, sha256=digest_of_file(path),
+            parents=parents, spec=spec if kind == "onnx" else {"precision": step.precision}, key=dict(step.key) if kind != "view" else {},
+            versions=versions() if kind == "onnx" else {}, seconds=dict(seconds) if kind == "onnx" else {},
+            parity=parity if kind == "onnx" else None))
+    bundle.record(*made, component=step.component)
+
+
+def need_disk(root: Path, component: Component, precision: str) -> None:
+    """Raises MissingError before the work where the weights cannot fit on the disk."""
+    import shutil
+
+    module = component.build()
+    need = sum(p.numel() for p in module.parameters()) * (4 if precision == "fp32" else 2)
+    free = shutil.disk_usage(root).free
+    if free < need * 1.05 + (32 << 20):
+        raise MissingError(f"not enough space for {component.name} {precision}", got=f"{free / 1e9:.2f} GB free",
+                           expected=f"{need / 1e9:.2f} GB", mend="free some, or choose an --out on another disk")
+
+
+def make_engine(step: Step, request: Request, bundle: Bundle, progress: Progress) -> None:
+    """Builds the engine of a proved ONNX artifact for one target."""
+    from optimize.compile.digests import digest_of_file
+    from optimize.compile.records import Artifact
+    from optimize.compile.tensorrt import EngineSpec, engine_from_onnx
+
+    assert step.target is not None
+    name, sm = step.target
+    parent = bundle.manifest.artifacts[onnx_id(step.component.name, step.precision, request.opset)]
+    if parent.parity is None or not parent.parity.passed:
+        raise GateError(f"{parent.id} has no passed parity: no engine is built from it", mend="export it again")
+    bundle.check(parent)
+    stem = step.artifact.replace("/", ".")
+    with bundle.workspace(step.artifact) as folder, progress.step(f"{step.artifact} ({name})"):
+        spec = EngineSpec(sm=sm, weight_streaming=request.weight_streaming, timing_cache=request.timing_cache)
+        build = engine_from_onnx(bundle.path(parent), folder / f"{stem}.engine", profile_of(step.component), spec,
+                                 progress=progress.say)
+        relative = f"{step.component.name}/{stem}.engine"
+        path = bundle.adopt(build.path, relative)
+    artifact = Artifact(
+        id=step.artifact, component=step.component.name, kind="engine", path=relative, bytes=path.stat().st_size,
+        sha256=digest_of_file(path), parents=[parent.id], key=dict(step.key), downgrades=list(build.downgrades),
+        spec={"precision": step.precision, "target": name, "sm": sm, "flavour": build.flavour, "version": build.version,
+              "weight_streaming": request.weight_streaming, "profile": {k: [list(s) for s in v] for k, v in build.profile.items()}},
+        versions=versions(), seconds={"build": round(build.seconds, 3)},
+        notes=["not run: needs a GPU of this target; its graph was proved as " + parent.id])
+    bundle.record(artifact)
+
+
+def profile_of(component: Component) -> dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]:
+    """Input name -> (min, opt, max) shapes, from the axes."""
+    sizes = [{n: getattr(a, which) for n, a in component.axes.items()} for which in ("min", "opt", "max")]
+    return {t.name: (t.sizes(sizes[0]), t.sizes(sizes[1]), t.sizes(sizes[2])) for t in component.inputs}
+
+
+def export(source: str, out: Path | str, *, dry_run: bool = False, progress: Progress | None = None, **words: Any) -> Any:
+    """Exports a source into a bundle; every artifact in it is proved. The words are those of the command line.
+
+    Args:
+        source: `demo`, a folder, a hub id, `arch:NAME[@tiny]`, or `python:package.module:factory`.
+        out: the bundle's folder, new or a bundle of the same source (what is there and unchanged is kept).
+        dry_run: gives the `Plan` and writes nothing.
+        words: see `request_from_words`: components, precisions, formats, targets, axes, opset, ...
+
+    Returns:
+        The `Bundle`, or with `dry_run` the `Plan`.
+
+    Raises:
+        InputError: the words or the source are wrong. GateError: parity was missed. MissingError: a package or space.
+    """
+    from optimize.compile.bundle import MANIFEST, Bundle
+
+    request = request_from_words(source, out, **words)
+    if dry_run:
+        there = (request.out / MANIFEST).exists()
+        return plan_from_request(request, Bundle.read(request.out) if there else None)
+    components_for(request)  # the words are checked against the source before anything is written
+    bundle = Bundle.create(request.out, source, list(request.trust))
+    plan = plan_from_request(request, bundle)
+    return run_plan(plan, bundle, progress or Progress(enabled=False))

@@ -1,0 +1,105 @@
+"""The gate: an ONNX artifact is compared with eager before a bundle claims it, and again when somebody verifies it."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from optimize.compile.records import Parity
+from optimize.compile.spec import Component
+from optimize.errors import GateError
+
+SEGMENT_BYTES = 192 << 20
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a component is compared on this machine: whole, or streamed (eager) and in segments (ONNX)."""
+
+    streamed: bool
+    segment_bytes: int = SEGMENT_BYTES
+
+
+def plan_for(component: Component, memory: int | None = None) -> Plan:
+    """Whole where twice the fp32 weights fit into half of the memory that is free now (or `memory`, in bytes)."""
+    with torch.device("meta"):
+        pass
+    module = component.build()
+    weights = 4 * sum(p.numel() for p in module.parameters())
+    free = available_bytes() if memory is None else memory
+    return Plan(streamed=2 * weights > free / 2)
+
+
+def available_bytes() -> int:
+    """Memory that is free now, on Linux; elsewhere all that there is."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return 1024 * int(next(line.split()[1] for line in lines if line.startswith("MemAvailable")))
+    except (OSError, StopIteration):
+        import psutil
+
+        return int(psutil.virtual_memory().available)
+
+
+def parity_of_onnx(path: Path, component: Component, precision: str, plan: Plan, say: Callable[[str], None]) -> Parity:
+    """Runs eager, then the graph in ONNX Runtime on the CPU, and compares."""
+    from optimize.compile.runners import OnnxRuntimeRunner
+    from optimize.profiles import parity, segments
+
+    known = parity.references(component, precision, streamed=plan.streamed, say=say)
+    feeds = [dict(r.feeds) for r in known]
+    emulate = precision == "bf16"
+    notes = []
+    if emulate:
+        feeds = [{k: t.float() if t.dtype == torch.bfloat16 else t for k, t in f.items()} for f in feeds]
+        notes.append("bf16 emulated: ONNX Runtime's CPU provider has no bf16 kernels; every node is computed in fp32 and rounded")
+    say("ONNX Runtime")
+    if plan.streamed or emulate:
+        import onnx_ir as ir
+
+        cut = segments.segments_of(ir.load(path), plan.segment_bytes if plan.streamed else 1 << 62)
+        outputs = segments.run_segments(path, cut, list(feeds), emulate=emulate)
+        how = f"{len(cut)} segments" if len(cut) > 1 else "whole"
+    else:
+        with OnnxRuntimeRunner(path) as runner:
+            outputs = [runner.infer(f) for f in feeds]
+        how = "whole"
+    return parity.parity_of(outputs, component, precision, known, backend="onnxruntime CPU", how=how, notes=notes)
+
+
+def miss(path: Path, component: Component, precision: str, result: Parity, kept: Path, say: Callable[[str], None]) -> GateError:
+    """The error for a missed gate: the worst output, the first node that departs, and how to see it again.
+
+    The graph, its feeds and the reference are kept in `kept`.
+    """
+    from optimize.profiles import bisect, parity
+
+    shape, output = parity.worst_miss(result, precision)
+    limit = parity.FP32_LIMIT if precision == "fp32" else parity.EAGER_FACTOR * (output.eager or math.nan)
+    say("looking for the first node that departs")
+    shutil.rmtree(kept, ignore_errors=True)
+    kept.mkdir(parents=True)
+    for file in path.parent.iterdir():
+        shutil.move(str(file), kept / file.name)
+    moved = kept / path.name
+    command = bisect.write_reproduction(moved, component, precision, dict(shape.sizes), kept)
+    return GateError(
+        f"parity missed: {component.name} {precision}, output {output.name} at the {shape.name} sizes "
+        f"({', '.join(f'{k}={v}' for k, v in shape.sizes.items())})",
+        got=f"relative error {output.relative:.3g}, largest difference {output.worst:.3g} of the largest value"
+            + ("" if output.finite else ", with values that are not finite")
+            + (f"; eager {precision} itself: {output.eager:.3g}" if output.eager is not None else ""),
+        expected=f"{result.rule} ({limit:.3g} here)",
+        mend=f"first node that departs: {bisect.first_departure(moved, component, precision, dict(shape.sizes))}\n"
+             f"  reproduce: {command}",
+    )
+
+
+def scratch() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="optimize-")
