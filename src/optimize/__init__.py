@@ -1,2 +1,39 @@
-"""optimize: model components become ONNX and TensorRT artifacts that are proved right."""
+"""optimize: U-Nets, DiTs, VAEs and transformers become ONNX and TensorRT artifacts that are proved right.
+
+Every verb of the command line is a function here with the same words. Nothing heavy is imported until it is used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from optimize.compile.bundle import Bundle
+    from optimize.compile.spec import Axis, Component, TensorSpec
+    from optimize.errors import GateError, InputError, InternalError, MissingError, OptimizeError
+    from optimize.exporting import export
+    from optimize.loading import build, load, verify
+    from optimize.tools.inspect import inspect
+
+_WHERE = {
+    "export": "exporting", "load": "loading", "verify": "loading", "build": "loading", "inspect": "tools.inspect",
+    "Component": "compile.spec", "Axis": "compile.spec", "TensorSpec": "compile.spec", "Bundle": "compile.bundle",
+    "OptimizeError": "errors", "InputError": "errors", "GateError": "errors", "MissingError": "errors",
+    "InternalError": "errors",
+}
+
+__all__ = ["Axis", "Bundle", "Component", "GateError", "InputError", "InternalError", "MissingError", "OptimizeError",
+           "TensorSpec", "build", "export", "inspect", "load", "verify"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'optimize' has no attribute {name!r}")
+    return getattr(import_module(f"optimize.{_WHERE[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

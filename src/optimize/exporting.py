@@ -125,8 +125,9 @@ def plan_from_request(request: Request, bundle: Bundle | None) -> Plan:
             plan.steps.append(step)
             for target in request.targets:
                 name, sm = target
-                engine_key = {**key, "sm": str(sm), "weight streaming": str(request.weight_streaming), "tensorrt": flavour_text(sm)}
-                id_ = f"{component.name}/{precision}/sm{sm}"
+                engine_key = {**key, "sm": str(sm), "weight streaming": str(request.weight_streaming),
+                              "tensorrt": flavour_text(sm)}
+                id_ = f"{onnx_id(component.name, precision, request.opset)}/sm{sm}"
                 plan.steps.append(step_for(bundle, id_, component, precision, engine_key, target))
     return plan
 
@@ -198,14 +199,13 @@ def versions() -> dict[str, str]:
 def run_plan(plan: Plan, bundle: Bundle, progress: Progress) -> Bundle:
     """Makes what the plan says is missing. Every artifact is proved before the manifest claims it."""
     for step in plan.steps:
-        label = step.artifact
         if step.hit:
             continue
         if step.target is None:
             make_onnx(step, plan.request, bundle, progress)
         else:
-            make_engine(step, plan.request, bundle, progress)
-        del label
+            parent = bundle.manifest.artifacts[step.artifact.rpartition("/")[0]]
+            make_engine(step, plan.request, bundle, progress, parent)
     return bundle
 
 
@@ -312,15 +312,14 @@ def need_disk(root: Path, component: Component, precision: str) -> None:
                            expected=f"{need / 1e9:.2f} GB", mend="free some, or choose an --out on another disk")
 
 
-def make_engine(step: Step, request: Request, bundle: Bundle, progress: Progress) -> None:
-    """Builds the engine of a proved ONNX artifact for one target."""
+def make_engine(step: Step, request: Request, bundle: Bundle, progress: Progress, parent: Artifact) -> None:
+    """Builds the engine of a proved ONNX artifact (`parent`) for one target."""
     from optimize.compile.digests import digest_of_file
     from optimize.compile.records import Artifact
     from optimize.compile.tensorrt import EngineSpec, engine_from_onnx
 
     assert step.target is not None
     name, sm = step.target
-    parent = bundle.manifest.artifacts[onnx_id(step.component.name, step.precision, request.opset)]
     if parent.parity is None or not parent.parity.passed:
         raise GateError(f"{parent.id} has no passed parity: no engine is built from it", mend="export it again")
     bundle.check(parent)

@@ -1,0 +1,79 @@
+"""Results as rows: a table for people, JSON for machines."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TextIO
+
+if TYPE_CHECKING:
+    from optimize.compile.bundle import Bundle
+    from optimize.exporting import Plan
+
+Row = Mapping[str, Any]
+
+
+def show(rows: Sequence[Row], as_json: bool, *, steps: Sequence[str] = (), stream: TextIO | None = None) -> None:
+    """Prints rows on stdout (or `stream`). A terminal's width is kept to; a pipe gets every column whole."""
+    out = stream or sys.stdout
+    if as_json:
+        json.dump({"rows": list(rows), "steps": list(steps)} if steps else list(rows), out, indent=1, default=str)
+        out.write("\n")
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(file=out, width=None if out.isatty() else 240, highlight=False)
+    for i, step in enumerate(steps, 1):
+        console.print(f"{i}. {step}")
+    if not rows:
+        return
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for name in rows[0]:
+        right = all(isinstance(row[name], int | float) and not isinstance(row[name], bool) for row in rows)
+        table.add_column(name, justify="right" if right else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(text_of(value) for value in row.values()))
+    console.print(table)
+
+
+def text_of(value: Any) -> str:
+    from rich.markup import escape
+
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return escape("" if value is None else str(value))
+
+
+def plan_rows(plan: Plan) -> list[Row]:
+    return [{"artifact": s.artifact, "class": s.component.class_name, "axes": ", ".join(f"{n}={a}" for n, a in s.component.axes.items()),
+             "target": s.target[0] if s.target else "", "do": "keep" if s.hit else "make", "why": s.why} for s in plan.steps]
+
+
+def plan_steps(plan: Plan) -> Sequence[str]:
+    from optimize.exporting import STEPS
+
+    return STEPS
+
+
+def bundle_rows(bundle: Bundle) -> list[Row]:
+    """One row per graph and engine."""
+    rows = []
+    for a in bundle.artifacts():
+        if a.kind not in ("onnx", "engine"):
+            continue
+        weights = sum(bundle.manifest.artifacts[p].bytes for p in a.parents if a.kind == "onnx")
+        parity = f"{a.parity.worst:.1e} ({a.parity.how})" if a.parity else "of " + a.parents[0]
+        rows.append({"artifact": a.id, "file": a.path, "MB": round((a.bytes + weights) / 1e6, 2), "nodes": a.spec.get("nodes", ""),
+                     "seconds": round(sum(a.seconds.values()), 1), "parity": parity,
+                     "downgrades": f"{len(a.downgrades)}: {a.downgrades[0]}" if a.downgrades else ""})
+    return rows
+
+
+def target_rows() -> list[Row]:
+    from optimize.profiles.targets import TARGETS
+
+    return [{"name": t.name, "device": t.device, "SM": t.sm, "GiB": t.memory_gib, "GB/s": t.bandwidth_gbs, "W": t.power_w,
+             **{f"{p} TFLOP/s": v for p, v in vars(t.peak).items()}, "source": f"{t.source.title} <{t.source.url}>"}
+            for t in TARGETS.values()]
