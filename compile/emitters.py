@@ -490,6 +490,11 @@ def attention(g: Builder, out: Out, q: Tensor, k: Tensor, v: Tensor, mask: Tenso
     if mask is not None and mask.dtype != torch.bool:
         mask = g.cast(mask, q.dtype)
     if g.opset >= 23:
+        if mask is not None and mask.shape[-2:] != (q.shape[-2], k.shape[-2]):
+            # the standard lets the last two sizes broadcast, ONNX Runtime wants them whole
+            full = Out((*mask.shape[:-2], q.shape[-2], k.shape[-2]), mask.dtype)
+            wide = expand(g, full, mask)
+            mask = wide if isinstance(wide, Tensor) else Tensor(g, full.shape, full.dtype, emitted=wide)
         return g.op("Attention", q.value, k.value, v.value, mask.value if mask else None, is_causal=int(causal) or None,
                     scale=scale, out=out)
     return decomposed_attention(g, out, q, k, v, mask, causal, scale)

@@ -13,14 +13,18 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
+ACTIVATIONS: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "silu": F.silu, "relu": F.relu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+}
 _library = torch.library.Library("optimize", "DEF")
 
 
-def _leaf(schema: str, fake: Callable[..., Any]) -> Any:
-    """Defines `optimize::<schema>`; `fake` gives its output's size. It has no kernel: leaves are only ever traced."""
+def _leaf(schema: str, fake: Callable[..., Any], real: Callable[..., Any]) -> Any:
+    """Defines `optimize::<schema>`: `fake` gives its output's size, `real` is torch's own function."""
     _library.define(schema)
     name = schema.partition("(")[0]
     torch.library.register_fake(f"optimize::{name}", fake, lib=_library)
+    _library.impl(name, real, "CPU")
     return getattr(torch.ops.optimize, name)
 
 
@@ -31,19 +35,26 @@ def _like(x: torch.Tensor, *_: object) -> torch.Tensor:
 attention = _leaf(
     "attention(Tensor q, Tensor k, Tensor v, Tensor? mask, bool causal, float? scale) -> Tensor",
     lambda q, k, v, mask, causal, scale: q.new_empty((*q.shape[:-1], v.shape[-1])),
+    lambda q, k, v, mask, causal, scale: F.scaled_dot_product_attention(
+        q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]),
 )
-group_norm = _leaf("group_norm(Tensor x, int groups, Tensor? weight, Tensor? bias, float eps) -> Tensor", _like)
-layer_norm = _leaf("layer_norm(Tensor x, int dims, Tensor? weight, Tensor? bias, float eps) -> Tensor", _like)
-rms_norm = _leaf("rms_norm(Tensor x, int dims, Tensor? weight, float? eps) -> Tensor", _like)
-activation = _leaf("activation(Tensor x, str kind) -> Tensor", _like)
-softmax = _leaf("softmax(Tensor x, int dim) -> Tensor", _like)
+group_norm = _leaf("group_norm(Tensor x, int groups, Tensor? weight, Tensor? bias, float eps) -> Tensor", _like, F.group_norm)
+layer_norm = _leaf("layer_norm(Tensor x, int dims, Tensor? weight, Tensor? bias, float eps) -> Tensor", _like,
+                   lambda x, dims, weight, bias, eps: F.layer_norm(x, x.shape[-dims:], weight, bias, eps))
+rms_norm = _leaf("rms_norm(Tensor x, int dims, Tensor? weight, float? eps) -> Tensor", _like,
+                 lambda x, dims, weight, eps: F.rms_norm(x, x.shape[-dims:], weight, eps))
+activation = _leaf("activation(Tensor x, str kind) -> Tensor", _like, lambda x, kind: ACTIVATIONS[kind](x))
+softmax = _leaf("softmax(Tensor x, int dim) -> Tensor", _like, lambda x, dim: F.softmax(x, dim))
 linear = _leaf(
     "linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
     lambda x, weight, bias: x.new_empty((*x.shape[:-1], weight.shape[0])),
+    F.linear,
 )
 resize = _leaf(
     "resize(Tensor x, SymInt height, SymInt width, str mode, bool align_corners, float[] scales) -> Tensor",
     lambda x, height, width, mode, align_corners, scales: x.new_empty((*x.shape[:2], height, width)),
+    lambda x, height, width, mode, align_corners, scales: F.interpolate(
+        x, (height, width), mode=mode, align_corners=align_corners if mode != "nearest" else None),
 )
 
 

@@ -149,6 +149,8 @@ def engine_from_onnx(
     builder = trt.Builder(log)
     progress(f"{onnx_path.name}: parsing with {flavour.module} {flavour.version}")
     network, _parser = _network_from_onnx(trt, builder, onnx_path)  # the parser owns weights that the network reads
+    if flavour.module == "tensorrt_rtx":
+        _refuse_shared_queries(onnx_path)
     config = _config_from_spec(trt, builder, spec, sm, flavour)
     profile = _profile_from_shapes(builder, network, config, shapes)
     attentions = _decomposable_attentions(trt, network)
@@ -238,6 +240,25 @@ def _parser_error(error: Any) -> str:
         return text
     functions = [f"inside {function}" for function in error.local_function_stack()]
     return " ".join([f'{error.node_operator()} node "{error.node_name() or error.node()}"', *functions]) + f": {text}"
+
+
+def _refuse_shared_queries(onnx_path: Path) -> None:
+    """TensorRT-RTX 1.7.1 kills the process where attentions scale one query or key tensor alike: say so instead."""
+    import onnx
+
+    users: dict[tuple[str, float | None], list[str]] = {}
+    for node in onnx.load(onnx_path, load_external_data=False).graph.node:
+        if (node.domain, node.op_type) == ("", "Attention"):
+            scale = next((attribute.f for attribute in node.attribute if attribute.name == "scale"), None)
+            for name in node.input[:2]:
+                users.setdefault((name, scale), []).append(node.name)
+    for (name, scale), nodes in users.items():
+        if len(nodes) > 1 and scale != 1:
+            raise GateError(
+                f"{onnx_path.name}: TensorRT-RTX would crash",
+                got=f"{name} is query or key of {' and '.join(nodes)}, scaled alike",
+                mend="export this component with an opset below 23",
+            )
 
 
 def _config_from_spec(trt: Any, builder: Any, spec: EngineSpec, sm: int, flavour: Flavour) -> Any:

@@ -166,6 +166,11 @@ class Builder:
         try:
             if e.is_Pow and e.exp.is_Integer and e.exp > 0:
                 return self._reduce("Mul", [e.base] * int(e.exp))
+            if kind == "FloorDiv" and not e.args[0].is_nonnegative:
+                # ONNX divides integers towards zero: take the remainder (of the divisor's sign) off first
+                whole, divisor = (self.size(a) for a in e.args)
+                rest = self.op("Mod", whole, divisor, out=Out((1,), torch.int64))
+                return cast(ir.Value, self.op("Div", self.op("Sub", whole, rest), divisor, out=Out((1,), torch.int64)))
             if kind in SIZE_OPS:
                 return self._reduce(SIZE_OPS[kind], list(e.args))
         finally:

@@ -245,6 +245,23 @@ def test_what_the_parser_refuses_is_named(build: Build, tmp_path: Path, name: st
     assert files(tmp_path) == {"graph.onnx"}
 
 
+SHARED = {
+    "one query": "[one] y = Attention(q, k, v) [two] z = Attention(q, k5, v5)",
+    "one key": "[one] y = Attention(q, k, v) [two] z = Attention(q5, k, v5)",
+    "query is key": "[one] y = Attention(q, k, v) [two] z = Attention(q5, q5, v5)",
+}
+
+
+@needs_rtx
+@pytest.mark.parametrize("name", SHARED)
+def test_what_would_crash_the_process_is_refused(build: Build, name: str) -> None:
+    inputs = ", ".join(f"T[2,2,64,64] {n}, T[2,2,64,64] {n}5" for n in "qkv")
+    with pytest.raises(GateError, match=r"TensorRT-RTX would crash(.|\n)*(one and two|two and two), scaled alike"):
+        build(model(f"({inputs}) => (T y, T z) {{ {SHARED[name]} }}"))
+    unscaled = SHARED[name].replace("Attention(", "Attention<scale=1.0>(")
+    assert build(model(f"({inputs}) => (T y, T z) {{ {unscaled} }}")).bytes
+
+
 @needs_rtx
 def test_a_broken_file_is_an_input_error(tmp_path: Path) -> None:
     proto = model(MLP)
