@@ -38,17 +38,29 @@ def operand(g: Builder, x: Tensor | float | bool | sympy.Expr, dtype: torch.dtyp
     return g.scalar(float(x) if dtype in FLOATS else int(x) if dtype != torch.bool else bool(x), dtype)
 
 
+def inexact(x: Any) -> bool:
+    """A Python number that bf16 would change: torch computes with the number as it is and rounds only the result."""
+    return isinstance(x, int | float) and float(torch.tensor(x, dtype=torch.bfloat16)) != x
+
+
+def arithmetic(g: Builder, kind: str, out: Out, a: Any, b: Any) -> Any:
+    """An element-wise operator in the result's type, or in fp32 inside where bf16 would change a number first."""
+    dtype = torch.float32 if out.dtype == torch.bfloat16 and (inexact(a) or inexact(b)) else out.dtype
+    value = g.op(kind, operand(g, a, dtype), operand(g, b, dtype), out=Out(out.shape, dtype))
+    return value if dtype == out.dtype else g.cast(Tensor(g, out.shape, dtype, emitted=value), out.dtype)
+
+
 def binary(kind: str) -> Emitter:
-    return lambda g, out, a, b: g.op(kind, operand(g, a, out.dtype), operand(g, b, out.dtype), out=out)
+    return lambda g, out, a, b: arithmetic(g, kind, out, a, b)
 
 
 def scaled(kind: str) -> Emitter:
     """`add` and `sub` with torch's `alpha`."""
 
     def emit(g: Builder, out: Out, a: Any, b: Any, alpha: float = 1) -> Any:
-        right = operand(g, b, out.dtype)
-        if alpha != 1:
-            right = g.op("Mul", right, g.scalar(alpha, out.dtype))
+        if alpha == 1:
+            return arithmetic(g, kind, out, a, b)
+        right = g.op("Mul", operand(g, b, out.dtype), g.scalar(alpha, out.dtype))
         return g.op(kind, operand(g, a, out.dtype), right, out=out)
 
     return emit
@@ -87,8 +99,10 @@ def axis_of(dim: int, rank: int) -> int:
 
 
 def divide(g: Builder, out: Out, a: Any, b: Any, rounding_mode: str | None = None) -> Any:
+    if rounding_mode is None:
+        return arithmetic(g, "Div", out, a, b)
     value = g.op("Div", operand(g, a, out.dtype), operand(g, b, out.dtype), out=out)
-    if rounding_mode is None or (rounding_mode == "trunc" and out.dtype not in FLOATS):
+    if rounding_mode == "trunc" and out.dtype not in FLOATS:
         return value
     if out.dtype in FLOATS:
         return g.op({"floor": "Floor", "trunc": "Trunc"}.get(rounding_mode, "Floor"), value, out=out)
@@ -116,6 +130,14 @@ def clamp(g: Builder, out: Out, x: Tensor, min: Any = None, max: Any = None) -> 
     low = None if min is None else operand(g, min, out.dtype)
     high = None if max is None else operand(g, max, out.dtype)
     return g.op("Clip", g.cast(x, out.dtype).value, low, high, out=out)
+
+
+def clamp_between(g: Builder, out: Out, x: Tensor, low: Tensor | None = None, high: Tensor | None = None) -> Any:
+    """Bounds that are tensors of any size: Clip takes scalars only."""
+    value = g.cast(x, out.dtype).value
+    for kind, limit in (("Max", low), ("Min", high)):
+        value = value if limit is None else g.op(kind, value, operand(g, limit, out.dtype), out=out)
+    return value
 
 
 def where(g: Builder, out: Out, condition: Tensor, a: Any, b: Any) -> Any:
@@ -469,7 +491,13 @@ def adaptive_pool(g: Builder, out: Out, x: Tensor, size: Sequence[int]) -> Any:
 
 
 def einsum(g: Builder, out: Out, equation: str, tensors: Sequence[Tensor], **_: Any) -> Any:
-    return g.op("Einsum", *(g.cast(t, out.dtype).value for t in tensors), equation=equation, out=out)
+    """A permutation of one tensor is a Transpose. ONNX has no Einsum in bf16: there it is computed in fp32."""
+    left, _, right = equation.replace(" ", "").partition("->")
+    if len(tensors) == 1 and "." not in equation and len(set(left)) == len(left) and sorted(left) == sorted(right):
+        return permute(g, out, g.cast(tensors[0], out.dtype), [left.index(c) for c in right])
+    dtype = torch.float32 if out.dtype == torch.bfloat16 else out.dtype
+    value = g.op("Einsum", *(g.cast(t, dtype).value for t in tensors), equation=equation, out=Out(out.shape, dtype))
+    return g.cast(Tensor(g, out.shape, dtype, emitted=value), out.dtype)
 
 
 def outer(g: Builder, out: Out, a: Tensor, b: Tensor) -> Any:
@@ -690,14 +718,17 @@ EMITTERS: Mapping[str, Emitter] = {
     **by_overload(logical_not, "aten.logical_not.default", "aten.bitwise_not.default"),
     **by_overload(where, "aten.where.self", "aten.where.ScalarOther", "aten.where.ScalarSelf", "aten.where.Scalar"),
     **by_overload(masked_fill, "aten.masked_fill.Scalar", "aten.masked_fill.Tensor"),
-    **by_overload(clamp, "aten.clamp.default", "aten.clamp_min.default", "aten.hardtanh.default"),
+    **by_overload(clamp, "aten.clamp.default", "aten.clamp_min.default", "aten.hardtanh.default", "aten.clip.default"),
+    **by_overload(clamp_between, "aten.clamp.Tensor", "aten.clip.Tensor"),
     **by_overload(lambda g, out, x, most: clamp(g, out, x, None, most), "aten.clamp_max.default"),
     **{f"aten.{name}.default": unary(kind) for name, kind in {
         "exp": "Exp", "log": "Log", "sin": "Sin", "cos": "Cos", "tan": "Tan", "tanh": "Tanh", "sqrt": "Sqrt",
         "abs": "Abs", "neg": "Neg", "reciprocal": "Reciprocal", "sigmoid": "Sigmoid", "erf": "Erf", "floor": "Floor",
-        "ceil": "Ceil", "round": "Round", "sign": "Sign", "softplus": "Softplus", "isnan": "IsNaN", "isinf": "IsInf",
+        "ceil": "Ceil", "round": "Round", "sign": "Sign", "softplus": "Softplus",
         "relu": "Relu", "atan": "Atan", "mish": "Mish",
     }.items()},
+    **by_overload(lambda g, out, x: g.op("IsNaN", x.value, out=out), "aten.isnan.default"),
+    **by_overload(lambda g, out, x: g.op("IsInf", x.value, out=out), "aten.isinf.default"),
     **by_overload(lambda g, out, x: activation(g, out, x, "silu"), "aten.silu.default"),
     **by_overload(lambda g, out, x, approximate="none": activation(
         g, out, x, "gelu" if approximate == "none" else "gelu_tanh"), "aten.gelu.default"),

@@ -26,7 +26,7 @@ def _clip(shape: tuple[int, ...], rng: torch.Generator, sizes: Sizes, argument: 
     last = int(argument) - 1
     ids = torch.randint(0, max(last - 1, 1), shape, generator=rng)
     for row in ids:
-        row[int(torch.randint(0, shape[1], (), generator=rng)) :] = last
+        row[int(torch.randint(1, shape[1] + 1, (), generator=rng)) :] = last
     return ids
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -104,8 +104,8 @@ def size_of(dim: str, values: Mapping[str, int]) -> int:
 class Component:
     """One network of a model: pure data beside the factory `build`.
 
-    `build(device)` returns the torch module on "meta" (parameters without storage, buffers real) or on "cpu", its
-    `forward` taking the tensors of `inputs` in order and returning a tuple of those of `outputs`.
+    `build()` returns the torch module in eval mode, its parameters on meta and its buffers real where no checkpoint
+    holds them; its `forward` takes the tensors of `inputs` in order and returns a tuple of those of `outputs`.
     """
 
     name: str
@@ -117,6 +117,18 @@ class Component:
     build: Callable[[], Any]
     weights: Weights
     config: Mapping[str, Any]
+
+    @staticmethod
+    def from_module(module: Any, inputs: Sequence[TensorSpec], outputs: Sequence[str], axes: Sequence[Axis] = (), *,
+                    name: str = "model", role: str = "module") -> Component:
+        """A component of your own torch module: what a `python:` factory returns.
+
+        `inputs` are the arguments of `module.forward` in order; its result is a tensor or a tuple of them, named by
+        `outputs`. Sizes that vary are axes: `TensorSpec("x", ("batch", 16))` with `Axis("batch", 1, 1, 8)`.
+        """
+        from .weights import component_of_module
+
+        return component_of_module(module, tuple(inputs), tuple(outputs), {a.name: a for a in axes}, name, role)
 
     def with_axes(self, changes: Mapping[str, Axis]) -> Component:
         known = {k: v for k, v in changes.items() if k in self.axes}

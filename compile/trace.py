@@ -51,11 +51,12 @@ def own_forward(module: torch.nn.Module) -> Iterator[None]:
 
 
 def cast(module: torch.nn.Module, precision: str) -> torch.nn.Module:
-    """Parameters and persistent buffers take the precision, as when loading with `torch_dtype`; computed buffers
-    (frequencies, position tables) keep theirs, and so do the modules that the model's authors keep in fp32."""
+    """Parameters and persistent buffers take the precision. A diffusers or transformers model keeps its computed
+    buffers (frequencies, position tables) and the modules that its authors keep in fp32, as when it is loaded with
+    `torch_dtype`; of a plain torch module everything is cast, as by `module.half()`."""
     dtype = getattr(torch, {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}[precision])
     kept = list(getattr(module, "_keep_in_fp32_modules", None) or []) if precision == "fp16" else []
-    persistent = set(module.state_dict())
+    persistent = set(module.state_dict()) if hasattr(module, "from_pretrained") else dict(module.named_buffers()).keys()
     for prefix, child in module.named_modules():
         keep = any(part in kept for part in prefix.split("."))
         target = torch.float32 if keep else dtype

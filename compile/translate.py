@@ -402,6 +402,8 @@ class Translator:
         if folded is not None:
             return folded
         out = out_of(value)
+        if name not in self.emitters:  # it could have been computed from constants, and was not
+            raise Untranslated({name})
         result = self.wrap(self.emitters[name](self.graph, out, *args, **kwargs), out)
         if cast(Any, node.target)._schema.is_mutable:
             self.env[cast(FxNode, node.args[0])] = result  # whoever reads it from here on sees the change
@@ -486,7 +488,7 @@ def foldable(node: FxNode) -> bool:
 def translate(traced: Traced, component: Component, opset: int,
               weight: Callable[[str, tuple[int, ...], torch.dtype], ir.TensorProtocol]) -> ir.Model:
     """The ONNX graph of a traced component. Raises Untranslated where an operator stays unknown after decomposition."""
-    for _ in range(3):
+    for _ in range(8):  # each round decomposes what the one before it met
         try:
             return Translator(traced, component, opset, weight).run()
         except Untranslated as e:

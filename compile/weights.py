@@ -22,6 +22,8 @@ from .digests import digest_of_file
 if TYPE_CHECKING:
     import torch
 
+    from .spec import Axis, Component, TensorSpec
+
 
 class Weights(Protocol):
     """Named tensors of a component, by the names of its module's parameters and buffers."""
@@ -225,3 +227,25 @@ class MemoryWeights:
             sha.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
             sha.update(tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else b"")
         return "sha256:" + sha.hexdigest()
+
+
+def component_of_module(module: torch.nn.Module, inputs: tuple[TensorSpec, ...], outputs: tuple[str, ...],
+                        axes: Mapping[str, Axis], name: str, role: str) -> Component:
+    """A component of a module that is in memory: its weights stay where they are, copies on meta are traced."""
+    import copy
+
+    from .adapters import plain_forward
+    from .spec import Component
+    from .trace import with_forward
+
+    held = module.eval().requires_grad_(False)
+
+    def build() -> torch.nn.Module:
+        # parameters are replaced by meta ones before copying: the copy costs no memory
+        memo = {id(p): p.detach().to("meta").requires_grad_(False) for p in held.parameters()}
+        memo = {i: torch.nn.Parameter(p, requires_grad=False) for i, p in memo.items()}
+        return with_forward(copy.deepcopy(held, memo), plain_forward)
+
+    import torch
+
+    return Component(name, role, type(module).__name__, axes, inputs, outputs, build, MemoryWeights(held.state_dict), {})

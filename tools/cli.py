@@ -106,6 +106,7 @@ def inspect_words(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--fusions", action="store_true", help="each attention and norm: one node, or why not")
     verb.add_argument("--serve", action="store_true", help="open the graph in Netron")
     verb.add_argument("--port", type=int, default=0, metavar="N", help="port for --serve (default: a free one)")
+    verb.add_argument("--block", type=Path, metavar="FILE", help="write the block that repeats most as a graph of its own")
     verb.add_argument("--json", action="store_true")
 
 
@@ -155,10 +156,10 @@ def run_verify(args: argparse.Namespace, progress: Progress) -> int:
 
 
 def run_inspect(args: argparse.Namespace, progress: Progress) -> int:
-    from optimize.tools import inspect
+    from optimize.tools import inspecting
 
-    return inspect.run(args.path, component=args.component, precision=args.precision, fusions=args.fusions, serve=args.serve,
-                       port=args.port, as_json=args.json)
+    return inspecting.run(args.path, component=args.component, precision=args.precision, fusions=args.fusions,
+                          serve=args.serve, port=args.port, as_json=args.json, block=args.block)
 
 
 def run_targets(args: argparse.Namespace, progress: Progress) -> int:

@@ -1,0 +1,31 @@
+# make setup | test | check | demo | gpu: five targets; each makes what it needs.
+VENV := .venv
+BIN := $(VENV)/bin
+PYTHON ?= python3
+READY := $(VENV)/.ready
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: setup test check demo gpu
+setup: $(READY)
+
+# torch first: with it in place, nothing below pulls another build of it
+$(READY): pyproject.toml constraints.txt CMakeLists.txt
+	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || { echo "needs Python >= 3.11: make PYTHON=python3.12"; exit 3; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) torch
+	$(PIP) triton -e ".[onnxruntime-gpu,tensorrt-rtx,netron,dev]"
+	sh tools/install_browser.sh
+	touch $(READY)
+
+test: $(READY)
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+check: $(READY)
+	$(BIN)/ruff check . && $(BIN)/ruff format --check tests/test_house.py && $(BIN)/mypy
+
+demo: $(READY)
+	$(BIN)/python tools/demo.py --out out/demo
+
+gpu: $(READY)
+	$(BIN)/python -c "import torch, sys; sys.exit(0 if torch.cuda.is_available() else 'skipped: needs a GPU')"
+	$(BIN)/python -m pytest -m gpu
