@@ -226,7 +226,7 @@ def dit_forward(model: Any, hidden: Any, timestep: Any, labels: Any) -> tuple[An
 
 
 def vae_factor(config: Config) -> int:
-    return 2 ** (len(config["block_out_channels"]) - 1)
+    return int(2 ** (len(config["block_out_channels"]) - 1))
 
 
 def vae_axes(config: Config) -> tuple[Axis, ...]:

@@ -16,7 +16,6 @@ import torch
 from .translate import TYPES, Builder, Out, Size, Tensor, Untranslated
 
 Emitter = Callable[..., Any]
-TRUE_DIVISIONS = ("IntTrueDiv", "FloatTrueDiv", "TrueDiv")
 INT64_MAX = 2**63 - 1
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -29,13 +28,14 @@ def operand(g: Builder, x: Tensor | float | bool | sympy.Expr, dtype: torch.dtyp
     if isinstance(x, Tensor):
         return g.cast(x, dtype).value
     if isinstance(x, sympy.Expr) and not x.is_number:
-        if type(x).__name__ in TRUE_DIVISIONS:
-            parts = [operand(g, part, torch.float32) for part in x.args]
-            value = g.op("Div", *parts, out=Out((), torch.float32))
-            return value if dtype == torch.float32 else g.op("Cast", value, to=int(TYPES[dtype]), out=Out((), dtype))
-        value = g.size_scalar(x)
-        return value if dtype == torch.int64 else g.op("Cast", value, to=int(TYPES[dtype]), out=Out((), dtype))
+        value = g.size_scalar(x) if x.is_integer else g.op("Squeeze", g.fraction(x), g.ints(0), out=Out((), torch.float32))
+        known = torch.int64 if x.is_integer else torch.float32
+        return value if dtype == known else g.op("Cast", value, to=int(TYPES[dtype]), out=Out((), dtype))
     return g.scalar(float(x) if dtype in FLOATS else int(x) if dtype != torch.bool else bool(x), dtype)
+
+
+LOGICAL: Mapping[str, str] = {"Add": "Or", "Mul": "And", "Max": "Or", "Min": "And"}
+"""What torch's arithmetic is on bools; ONNX has none there."""
 
 
 def inexact(x: Any) -> bool:
@@ -45,6 +45,7 @@ def inexact(x: Any) -> bool:
 
 def arithmetic(g: Builder, kind: str, out: Out, a: Any, b: Any) -> Any:
     """An element-wise operator in the result's type, or in fp32 inside where bf16 would change a number first."""
+    kind = LOGICAL.get(kind, kind) if out.dtype == torch.bool else kind
     dtype = torch.float32 if out.dtype == torch.bfloat16 and (inexact(a) or inexact(b)) else out.dtype
     value = g.op(kind, operand(g, a, dtype), operand(g, b, dtype), out=Out(out.shape, dtype))
     return value if dtype == out.dtype else g.cast(Tensor(g, out.shape, dtype, emitted=value), out.dtype)
@@ -69,7 +70,7 @@ def scaled(kind: str) -> Emitter:
 def common_type(a: Any, b: Any) -> torch.dtype:
     """The type that torch compares or selects in."""
     sample = [torch.empty((1,) * x.rank, dtype=x.dtype) if isinstance(x, Tensor) else x for x in (a, b)]
-    sample = [1 if isinstance(x, sympy.Expr) else x for x in sample]
+    sample = [(1 if x.is_integer else 1.0) if isinstance(x, sympy.Expr) else x for x in sample]
     return torch.result_type(*sample)
 
 
@@ -87,8 +88,49 @@ def unary(kind: str, **attributes: Any) -> Emitter:
     return lambda g, out, x, *_, **__: g.op(kind, g.cast(x, out.dtype).value, out=out, **attributes)
 
 
+def relu(g: Builder, out: Out, x: Tensor) -> Any:
+    if out.dtype in FLOATS:
+        return g.op("Relu", x.value, out=out)
+    return g.op("Max", x.value, g.scalar(0, out.dtype), out=out)  # runtimes have no Relu of integers
+
+
+def expm1(g: Builder, out: Out, x: Tensor) -> Any:
+    return g.op("Sub", g.op("Exp", g.cast(x, out.dtype).value), g.scalar(1, out.dtype), out=out)
+
+
+def log1p(g: Builder, out: Out, x: Tensor) -> Any:
+    return g.op("Log", g.op("Add", g.cast(x, out.dtype).value, g.scalar(1, out.dtype)), out=out)
+
+
+def rounding(kind: str) -> Emitter:
+    """Integers are whole already, and ONNX rounds floats only."""
+    return lambda g, out, x: g.op(kind, x.value, out=out) if out.dtype in FLOATS else x
+
+
+def question(kind: str) -> Emitter:
+    """Of a float, answered with a bool; integers are finite."""
+    return lambda g, out, x: g.op(kind, g.cast(x, x.dtype if x.dtype in FLOATS else torch.float32).value, out=out)
+
+
 def same(g: Builder, out: Out, x: Any, *_: Any, **__: Any) -> Any:
     return x
+
+
+def reshaped(g: Builder, x: Tensor, shape: Sequence[Size]) -> Tensor:
+    shape = tuple(shape)
+    return x if shape == x.shape else Tensor(g, shape, x.dtype, emitted=g.reshape(x.value, x.shape, Out(shape, x.dtype)))
+
+
+def one_image(emitter: Emitter, spatial: int) -> Emitter:
+    """torch takes an image without a batch as well: it gets one, and loses it again."""
+
+    def emit(g: Builder, out: Out, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if x.rank > spatial + 1:
+            return emitter(g, out, x, *args, **kwargs)
+        alone = Tensor(g, (1, *x.shape), x.dtype, emitted=g.op("Unsqueeze", x.value, g.ints(0), out=Out((1, *x.shape), x.dtype)))
+        return g.op("Squeeze", emitter(g, Out((1, *out.shape), out.dtype), alone, *args, **kwargs), g.ints(0), out=out)
+
+    return emit
 
 
 def axis_of(dim: int, rank: int) -> int:
@@ -105,10 +147,28 @@ def divide(g: Builder, out: Out, a: Any, b: Any, rounding_mode: str | None = Non
     if rounding_mode == "trunc" and out.dtype not in FLOATS:
         return value
     if out.dtype in FLOATS:
-        return g.op({"floor": "Floor", "trunc": "Trunc"}.get(rounding_mode, "Floor"), value, out=out)
+        return g.op("Floor", value, out=out) if rounding_mode == "floor" else truncated(g, out, value)
     # ONNX divides integers towards zero, floor goes down: the remainder's sign says by how much they differ
     rest = g.op("Mod", operand(g, a, out.dtype), operand(g, b, out.dtype), out=out)
     return g.op("Div", g.op("Sub", operand(g, a, out.dtype), rest, out=out), operand(g, b, out.dtype), out=out)
+
+
+def truncated(g: Builder, out: Out, value: Any) -> Any:
+    return g.op("Mul", g.op("Sign", value), g.op("Floor", g.op("Abs", value)), out=out)
+
+
+def trunc(g: Builder, out: Out, x: Tensor) -> Any:
+    return truncated(g, out, x.value) if out.dtype in FLOATS else x
+
+
+def remainder(g: Builder, out: Out, a: Any, b: Any) -> Any:
+    """The result has the divisor's sign. ONNX has that for integers; of floats it has C's, of the dividend's sign."""
+    left, right = operand(g, a, out.dtype), operand(g, b, out.dtype)
+    if out.dtype not in FLOATS:
+        return g.op("Mod", left, right, out=out)
+    rest = g.op("Mod", left, right, fmod=1, out=out)
+    wrong = g.op("Less", g.op("Mul", rest, g.op("Sign", right), out=out), g.scalar(0, out.dtype), out=Out(out.shape, torch.bool))
+    return g.op("Where", wrong, g.op("Add", rest, right, out=out), rest, out=out)
 
 
 def power(g: Builder, out: Out, a: Any, b: Any) -> Any:
@@ -144,6 +204,10 @@ def where(g: Builder, out: Out, condition: Tensor, a: Any, b: Any) -> Any:
     return g.op("Where", g.cast(condition, torch.bool).value, operand(g, a, out.dtype), operand(g, b, out.dtype), out=out)
 
 
+def hardtanh(g: Builder, out: Out, x: Tensor, low: Any = -1.0, high: Any = 1.0) -> Any:
+    return clamp(g, out, x, low, high)
+
+
 def masked_fill(g: Builder, out: Out, x: Tensor, mask: Tensor, value: Any) -> Any:
     return where(g, out, mask, value, x)
 
@@ -173,7 +237,7 @@ def reduce(kind: str) -> Emitter:
     def emit(g: Builder, out: Out, x: Tensor, dim: Any = None, keepdim: bool = False, **_: Any) -> Any:
         dims = [dim] if isinstance(dim, int) else list(dim or range(x.rank))
         logic = out.dtype == torch.bool
-        value = g.cast(x, torch.int32 if logic else out.dtype).value
+        value = g.cast(g.cast(x, out.dtype), torch.int32).value if logic else g.cast(x, out.dtype).value
         result = g.op(kind, value, g.ints(*(axis_of(d, x.rank) for d in dims)), keepdims=int(keepdim),
                       out=Out(out.shape, torch.int32 if logic else out.dtype))
         return g.op("Cast", result, to=int(TYPES[torch.bool]), out=out) if logic else result
@@ -194,7 +258,8 @@ def arg_extreme(kind: str) -> Emitter:
         x = g.cast(x, torch.int32) if x.dtype == torch.bool else x
         if dim is None:
             flat = g.op("Reshape", x.value, g.ints(-1))
-            return g.op(kind, flat, axis=0, keepdims=0, out=out)
+            first = g.op(kind, flat, axis=0, keepdims=int(keepdim), out=Out((1,) * keepdim, torch.int64))
+            return g.op("Reshape", first, g.ints(*[1] * x.rank), out=out) if keepdim else first
         return g.op(kind, x.value, axis=axis_of(dim, x.rank), keepdims=int(keepdim), out=out)
 
     return emit
@@ -205,9 +270,29 @@ def cumsum(g: Builder, out: Out, x: Tensor, dim: int, **_: Any) -> Any:
 
 
 def vector_norm(g: Builder, out: Out, x: Tensor, ord: float = 2, dim: Any = None, keepdim: bool = False, **_: Any) -> Any:
+    if ord == math.inf:
+        sizes = Tensor(g, x.shape, out.dtype, emitted=g.op("Abs", g.cast(x, out.dtype).value, out=Out(x.shape, out.dtype)))
+        return reduce("ReduceMax")(g, out, sizes, dim, keepdim)
     if ord not in (1, 2):
         raise Untranslated({f"linalg_vector_norm of order {ord}"})
     return reduce(f"ReduceL{int(ord)}")(g, out, x, dim, keepdim)
+
+
+def variance(root: bool) -> Emitter:
+    """`var` and `std`: the squared distances from the mean over their number less `correction`."""
+
+    def emit(g: Builder, out: Out, x: Tensor, dim: Any = None, unbiased: bool = True, keepdim: bool = False,
+             correction: float | None = None) -> Any:
+        if isinstance(dim, bool):  # var(x, unbiased)
+            dim, unbiased = None, dim
+        dims = [axis_of(d, x.rank) for d in ([dim] if isinstance(dim, int) else dim or range(x.rank))]
+        less = int(unbiased) if correction is None else correction
+        apart = g.op("Sub", x.value, g.op("ReduceMean", x.value, g.ints(*dims), keepdims=1), out=Out(x.shape, x.dtype))
+        total = g.op("ReduceSum", g.op("Mul", apart, apart), g.ints(*dims), keepdims=int(keepdim), out=out)
+        count = operand(g, sympy.prod([x.shape[d] for d in dims]) - less, out.dtype)
+        return (g.op("Sqrt", g.op("Div", total, count, out=out), out=out) if root else g.op("Div", total, count, out=out))
+
+    return emit
 
 
 # --- shape -----------------------------------------------------------------------------------------------------------
@@ -304,28 +389,64 @@ def gather(g: Builder, out: Out, x: Tensor, dim: int, index: Tensor, **_: Any) -
 
 
 def index(g: Builder, out: Out, x: Tensor, indices: Sequence[Tensor | None]) -> Any:
-    """Integer indexing: one index is a Gather, several on leading dimensions a GatherND of them broadcast together."""
+    """Integer indexing: one index is a Gather, several are a GatherND of them broadcast together, on dimensions that lead."""
     given = [(i, t) for i, t in enumerate(indices) if t is not None]
     if any(t.dtype == torch.bool for _, t in given):
         raise Untranslated({"index with a boolean mask (its result's size depends on data)"})
     if len(given) == 1:
         return g.op("Gather", x.value, given[0][1].value, axis=given[0][0], out=out)
-    if [i for i, _ in given] != list(range(len(given))):
-        raise Untranslated({"index on dimensions that do not lead"})
-    shape = out.shape[: len(out.shape) - (x.rank - len(given))]
+    dims = [i for i, _ in given]
+    together = dims == list(range(dims[0], dims[0] + len(dims)))  # the result then has them in their place, else in front
+    lead, width = dims[0] if together else 0, len(out.shape) - (x.rank - len(given))
+    shape = out.shape[lead : lead + width]
     columns = []
     for _, t in given:
         wide = expand(g, Out(shape, torch.int64), g.cast(t, torch.int64))
         wide = wide.value if isinstance(wide, Tensor) else wide
         columns.append(g.op("Unsqueeze", wide, g.ints(-1)))
-    return g.op("GatherND", x.value, g.op("Concat", *columns, axis=-1), out=out)
+    if dims == list(range(len(dims))):
+        return g.op("GatherND", x.value, g.op("Concat", *columns, axis=-1), out=out)
+    turned = g.op("Transpose", x.value, perm=[*dims, *(i for i in range(x.rank) if i not in dims)])
+    taken = g.op("GatherND", turned, g.op("Concat", *columns, axis=-1), out=None if lead else out)
+    perm = [*range(width, width + lead), *range(width), *range(width + lead, len(out.shape))]
+    return g.op("Transpose", taken, perm=perm, out=out) if lead else taken
 
 
 def embedding(g: Builder, out: Out, weight: Tensor, ids: Tensor, *_: Any, **__: Any) -> Any:
     return g.op("Gather", weight.value, ids.value, axis=0, out=out)
 
 
+def index_put(g: Builder, out: Out, x: Tensor, indices: Sequence[Tensor | None], values: Tensor, accumulate: bool = False) -> Any:
+    """`x[mask] = number`; other writes at indices are refused."""
+    place, mask = next((i, t) for i, t in enumerate(indices) if t is not None)
+    single = all(d == 1 for d in values.shape)
+    if accumulate or mask.dtype != torch.bool or not single or len([t for t in indices if t is not None]) > 1:
+        raise Untranslated({"aten.index_put.default other than of one number under a mask"})
+    below = reshaped(g, mask, (*mask.shape, *[1] * (x.rank - place - mask.rank)))
+    return where(g, out, below, reshaped(g, values, ()), x)
+
+
+def slice_scatter(g: Builder, out: Out, x: Tensor, source: Tensor, dim: int = 0, start: Any = None, end: Any = None,
+                  step: int = 1) -> Any:
+    """`x[start:end] = source`: what is before, the source, what is after."""
+    if step != 1:
+        raise Untranslated({"aten.slice_scatter.default"})  # torch has a decomposition for it
+    axis = axis_of(dim, x.rank)
+    parts = [g.cast(source, x.dtype).value]
+    if start is not None and start != 0:
+        parts.insert(0, g.op("Slice", x.value, g.ints(0), bound(g, start, 0), g.ints(axis)))
+    if end is not None and end != x.shape[axis] and end != INT64_MAX:
+        parts.append(g.op("Slice", x.value, bound(g, end, 0), g.ints(INT64_MAX), g.ints(axis)))
+    return parts[0] if len(parts) == 1 else g.op("Concat", *parts, axis=axis, out=out)
+
+
+def select_scatter(g: Builder, out: Out, x: Tensor, source: Tensor, dim: int, index: Any) -> Any:
+    row = Tensor(g, x.shape, x.dtype, emitted=g.op("Unsqueeze", g.cast(source, x.dtype).value, g.ints(axis_of(dim, x.rank))))
+    return slice_scatter(g, out, x, row, dim, index, None if index == -1 else index + 1)
+
+
 def repeat(g: Builder, out: Out, x: Tensor, repeats: Sequence[Size]) -> Any:
+    repeats = [*[1] * (x.rank - len(repeats)), *repeats]  # tile may name fewer dimensions than there are
     lead = len(repeats) - x.rank
     raised = g.reshape(x.value, x.shape, Out((1,) * lead + x.shape, x.dtype)) if lead else x.value
     return g.op("Tile", raised, g.shape_value(repeats), out=out)
@@ -333,7 +454,7 @@ def repeat(g: Builder, out: Out, x: Tensor, repeats: Sequence[Size]) -> Any:
 
 def repeat_interleave(g: Builder, out: Out, x: Tensor, repeats: Size, dim: int | None = None, **_: Any) -> Any:
     if dim is None:
-        raise Untranslated({"repeat_interleave without a dimension"})
+        x, dim = reshaped(g, x, (math.prod(x.shape),)), 0
     axis = axis_of(dim, x.rank)
     raised = g.op("Unsqueeze", x.value, g.ints(axis + 1))
     wide = g.op("Expand", raised, g.shape_value([1] * (axis + 1) + [repeats] + [1] * (x.rank - axis - 1)))
@@ -347,11 +468,15 @@ def flip(g: Builder, out: Out, x: Tensor, dims: Sequence[int]) -> Any:
 
 
 def roll(g: Builder, out: Out, x: Tensor, shifts: Sequence[int], dims: Sequence[int] = ()) -> Any:
+    if not dims:
+        flat = roll(g, Out((math.prod(x.shape),), x.dtype), reshaped(g, x, (math.prod(x.shape),)), shifts, (0,))
+        return g.reshape(flat, (), out)
     value = x.value
     for shift, dim in zip(shifts, dims, strict=True):
         axis = g.ints(axis_of(dim, x.rank))
-        tail = g.op("Slice", value, g.ints(-shift), g.ints(INT64_MAX), axis)
-        head = g.op("Slice", value, g.ints(0), g.ints(-shift), axis)
+        cut = g.size(-shift % x.shape[axis_of(dim, x.rank)])
+        tail = g.op("Slice", value, cut, g.ints(INT64_MAX), axis)
+        head = g.op("Slice", value, g.ints(0), cut, axis)
         value = g.op("Concat", tail, head, axis=axis_of(dim, x.rank), out=out)
     return value
 
@@ -363,6 +488,8 @@ def pad(g: Builder, out: Out, x: Tensor, pads: Sequence[Size], mode: str = "cons
     sizes = g.shape_value([p[0] for p in pairs] + [p[1] for p in pairs])
     fill = g.scalar(value or 0, x.dtype) if mode == "constant" else None
     kind = {"constant": "constant", "reflect": "reflect", "replicate": "edge", "circular": "wrap"}[mode]
+    if kind == "wrap" and g.opset < 19:
+        raise Untranslated({"pad with mode circular (from opset 19 on)"})
     return g.op("Pad", x.value, sizes, fill, mode=kind, out=out)
 
 
@@ -370,7 +497,7 @@ def triangle(upper: int) -> Emitter:
     def emit(g: Builder, out: Out, x: Tensor, diagonal: int = 0) -> Any:
         logic = x.dtype == torch.bool
         value = g.cast(x, torch.int32).value if logic else x.value
-        value = g.op("Trilu", value, g.scalar(diagonal, torch.int64), upper=upper)
+        value = g.op("Trilu", value, g.size_scalar(diagonal), upper=upper)
         return g.op("Cast", value, to=int(TYPES[torch.bool]), out=out) if logic else value
 
     return emit
@@ -400,14 +527,20 @@ def constant_fill(number: float) -> Emitter:
     return lambda g, out, *_, **__: filled(g, out, number)
 
 
-def full(g: Builder, out: Out, _: Any, number: Any, **__: Any) -> Any:
-    return filled(g, out, number)
+def full(g: Builder, out: Out, *args: Any, **__: Any) -> Any:
+    """`full(size, number)`, `new_full(x, size, number)`, `full_like(x, number)`, `fill(x, number)`: it comes last."""
+    number = args[-1]
+    return filled(g, out, number) if not isinstance(number, Tensor) else copy(g, out, None, number)
+
+
+def copy(g: Builder, out: Out, _: Any, source: Tensor, *__: Any) -> Any:
+    return expand(g, out, g.cast(source, out.dtype))
 
 
 def arange(g: Builder, out: Out, *args: Any, start: Any = 0, step: Any = 1, **_: Any) -> Any:
     """arange(end), arange(start, end), arange(start, end, step): integers are counted, floats cast afterwards."""
     low, end, by = ((start, args[0], step), (*args[:2], step), args[:3])[len(args) - 1]
-    whole = all(not isinstance(v, float) for v in (low, end, by))
+    whole = all(isinstance(v, int) or (isinstance(v, sympy.Expr) and v.is_integer) for v in (low, end, by))
     dtype = torch.int64 if whole else out.dtype
     value = g.op("Range", *(operand(g, v, dtype) for v in (low, end, by)), out=Out(out.shape, dtype))
     return g.cast(Tensor(g, out.shape, dtype, emitted=value), out.dtype)
@@ -437,6 +570,9 @@ def baddbmm(g: Builder, out: Out, bias: Tensor, a: Tensor, b: Tensor, beta: floa
 def linear(g: Builder, out: Out, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
     """Gemm for two dimensions, MatMul with a transposed weight (folded into the stored one) and Add for more."""
     x = g.cast(x, weight.dtype)
+    if weight.rank == 1:
+        value = g.op("MatMul", x.value, weight.value, out=out)
+        return g.op("Add", value, bias.value, out=out) if bias else value
     if x.rank == 2:
         inputs = [x.value, weight.value] + ([bias.value] if bias else [])
         return g.op("Gemm", *inputs, transB=1, out=out)
@@ -451,8 +587,10 @@ def convolution(g: Builder, out: Out, x: Tensor, weight: Tensor, bias: Tensor | 
     many = lambda v: [v] * n if isinstance(v, int) else list(v) * (n // len(v))  # noqa: E731
     attributes: dict[str, Any] = {"strides": many(stride), "dilations": many(dilation), "group": groups,
                                   "kernel_shape": [int(d) for d in weight.shape[2:]]}
-    if isinstance(padding, str):
-        attributes["auto_pad"] = "VALID" if padding == "valid" else "SAME_UPPER"
+    if isinstance(padding, str):  # `same` is for a stride of one; auto_pad does not know dilations everywhere
+        reach = zip(many(dilation), attributes["kernel_shape"], strict=True)
+        total = [d * (k - 1) if padding == "same" else 0 for d, k in reach]
+        attributes["pads"] = [*(p // 2 for p in total), *(p - p // 2 for p in total)]
     else:
         attributes["pads"] = many(padding) * 2
     inputs = [x.value, weight.value] + ([bias.value] if bias else [])
@@ -470,9 +608,12 @@ def conv_transpose(g: Builder, out: Out, x: Tensor, weight: Tensor, bias: Tensor
 
 def pool(kind: str) -> Emitter:
     def emit(g: Builder, out: Out, x: Tensor, kernel: Any, stride: Any = None, padding: Any = 0, *rest: Any, **kw: Any) -> Any:
-        many = lambda v: [v, v] if isinstance(v, int) else list(v) * (2 // len(v))  # noqa: E731
+        n = x.rank - 2
+        many = lambda v: [v] * n if isinstance(v, int) else list(v) * (n // len(v))  # noqa: E731
         extra: dict[str, Any] = {}
         if kind == "AveragePool":
+            if len(rest) > 2 and rest[2] is not None or kw.get("divisor_override") is not None:
+                raise Untranslated({"average pooling with divisor_override"})
             ceil, count = (*rest, *(False, True)[len(rest):])[:2]
             extra = {"count_include_pad": int(kw.get("count_include_pad", count))}
         else:
@@ -485,9 +626,13 @@ def pool(kind: str) -> Emitter:
 
 
 def adaptive_pool(g: Builder, out: Out, x: Tensor, size: Sequence[int]) -> Any:
-    if list(size) != [1, 1]:
-        raise Untranslated({f"adaptive_avg_pool2d to {list(size)}"})
-    return g.op("GlobalAveragePool", x.value, out=out)
+    if all(n == 1 for n in size):
+        return g.op("GlobalAveragePool", x.value, out=out)
+    before = x.shape[2:]
+    if any(not isinstance(d, int) or d % n for d, n in zip(before, size, strict=True)):
+        raise Untranslated({f"adaptive average pooling from {list(before)} to {list(size)}, which is no multiple"})
+    step = [int(d) // n for d, n in zip(before, size, strict=True)]
+    return g.op("AveragePool", x.value, kernel_shape=step, strides=step, out=out)
 
 
 def einsum(g: Builder, out: Out, equation: str, tensors: Sequence[Tensor], **_: Any) -> Any:
@@ -530,8 +675,9 @@ def attention(g: Builder, out: Out, q: Tensor, k: Tensor, v: Tensor, mask: Tenso
 
 def decomposed_attention(g: Builder, out: Out, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool,
                          scale: float | None) -> Any:
-    dim = int(q.shape[-1])
-    root = math.sqrt(scale if scale is not None else 1 / math.sqrt(dim))  # on both sides: fp16 products stay small
+    if scale is None and not isinstance(q.shape[-1], int):
+        raise Untranslated({"attention over a head size that varies"})
+    root = math.sqrt(scale if scale is not None else int(q.shape[-1]) ** -0.5)  # on both sides: fp16 products stay small
     keys, values = (many_heads(g, t, q) for t in (k, v))
     turned = g.op("Transpose", keys, perm=[0, 1, 3, 2])
     left = g.op("Mul", q.value, g.scalar(root, q.dtype))
@@ -547,7 +693,13 @@ def decomposed_attention(g: Builder, out: Out, q: Tensor, k: Tensor, v: Tensor, 
     elif mask is not None:
         scores = g.op("Add", scores, mask.value, out=Out(shape, q.dtype))
     weights = g.op("Softmax", scores, axis=-1, out=Out(shape, q.dtype))
-    return g.op("MatMul", weights, values, out=out)
+    result = g.op("MatMul", weights, values, out=out)
+    if mask is None or mask.dtype != torch.bool or causal:
+        return result
+    # a row that the mask closes entirely is zero in torch; deciding it here leaves MatMul, Softmax, MatMul together
+    some = g.op("ReduceMax", g.cast(mask, torch.int32).value, g.ints(-1), keepdims=1, out=Out((*mask.shape[:-1], 1), torch.int32))
+    some = g.op("Cast", some, to=int(TYPES[torch.bool]), out=Out((*mask.shape[:-1], 1), torch.bool))
+    return g.op("Where", some, result, g.scalar(0, q.dtype), out=out)
 
 
 def many_heads(g: Builder, t: Tensor, q: Tensor) -> Any:
@@ -576,18 +728,21 @@ def group_norm(g: Builder, out: Out, x: Tensor, groups: int, weight: Tensor | No
     return g.op("Add", g.op("Mul", normed, grown[0], out=out), grown[1], out=out)
 
 
+def ones_for(g: Builder, x: Tensor, dims: int) -> Any:
+    ones = filled(g, Out(x.shape[-dims:], x.dtype), 1)
+    return ones.value if isinstance(ones, Tensor) else ones
+
+
 def layer_norm(g: Builder, out: Out, x: Tensor, dims: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> Any:
-    shape = [int(d) for d in x.shape[-dims:]]
-    scale = g.cast(weight, x.dtype).value if weight else g.constant(torch.ones(shape, dtype=x.dtype))
+    scale = g.cast(weight, x.dtype).value if weight else ones_for(g, x, dims)
     return g.op("LayerNormalization", x.value, scale, g.cast(bias, x.dtype).value if bias else None, axis=-dims,
                 epsilon=eps, out=out)
 
 
 def rms_norm(g: Builder, out: Out, x: Tensor, dims: int, weight: Tensor | None, eps: float | None) -> Any:
     """Zhang and Sennrich 2019."""
-    epsilon = torch.finfo(x.dtype).eps if eps is None else eps
-    shape = [int(d) for d in x.shape[-dims:]]
-    scale = g.cast(weight, x.dtype).value if weight else g.constant(torch.ones(shape, dtype=x.dtype))
+    epsilon = torch.finfo(torch.float32).eps if eps is None else eps  # torch's own default: it computes halves in fp32
+    scale = g.cast(weight, x.dtype).value if weight else ones_for(g, x, dims)
     if g.opset >= 23:
         return g.op("RMSNormalization", x.value, scale, axis=-dims, epsilon=epsilon, out=out)
     wide = g.cast(x, torch.float32)
@@ -601,7 +756,7 @@ def activation(g: Builder, out: Out, x: Tensor, kind: str) -> Any:
     if kind == "silu":
         return g.op("Mul", x.value, g.op("Sigmoid", x.value, out=out), out=out)
     if kind == "relu":
-        return g.op("Relu", x.value, out=out)
+        return relu(g, out, x)
     if g.opset >= 20:
         return g.op("Gelu", x.value, approximate="tanh" if kind == "gelu_tanh" else "none", out=out)
     number = lambda v: g.scalar(v, x.dtype)  # noqa: E731
@@ -619,25 +774,35 @@ def softmax(g: Builder, out: Out, x: Tensor, dim: int, *_: Any) -> Any:
 
 
 def resize(g: Builder, out: Out, x: Tensor, height: Any, width: Any, mode: str, align: bool, scales: Sequence[float]) -> Any:
-    """Keys' cubic uses a = -0.75, as torch; nearest takes the floor of unshifted coordinates, as torch's does."""
-    attributes: dict[str, Any] = {"mode": {"nearest": "nearest", "bilinear": "linear", "bicubic": "cubic"}[mode]}
+    return resized(g, out, x, {"nearest": "nearest", "bilinear": "linear", "bicubic": "cubic"}[mode], align, scales)
+
+
+def resized(g: Builder, out: Out, x: Tensor, mode: str, align: bool, scales: Sequence[float]) -> Any:
+    """Keys' cubic uses a = -0.75, as torch; nearest takes the floor of unshifted coordinates, as torch's does.
+
+    Given scales count as they are, though the sizes are rounded down: 7 by 1.5 is 10, and steps of 1 / 1.5.
+    """
+    attributes: dict[str, Any] = {"mode": mode}
     attributes["coordinate_transformation_mode"] = (
-        "asymmetric" if mode == "nearest" else "align_corners" if align else "half_pixel" if mode == "bicubic"
-        else "pytorch_half_pixel")
+        "asymmetric" if mode == "nearest" else "align_corners" if align else "half_pixel")
     if mode == "nearest":
         attributes["nearest_mode"] = "floor"
-    if mode == "bicubic":
+    if mode == "cubic":
         attributes["cubic_coeff_a"] = -0.75
     if scales:
         return g.op("Resize", x.value, None, g.constant(torch.tensor([1.0, 1.0, *scales])), out=out, **attributes)
-    sizes = g.shape_value([x.shape[0], x.shape[1], height, width])
-    return g.op("Resize", x.value, None, None, sizes, out=out, **attributes)
+    return g.op("Resize", x.value, None, None, g.shape_value(out.shape), out=out, **attributes)
 
 
 def upsample(mode: str) -> Emitter:
-    def emit(g: Builder, out: Out, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        align = bool(args[1]) if mode != "nearest" and len(args) > 1 and isinstance(args[1], bool) else False
-        return resize(g, out, x, out.shape[2], out.shape[3], mode, align, ())
+    """`vec(x, sizes, align, scales)` and `default(x, sizes, align, scale, scale, ...)`; nearest has no `align`."""
+
+    def emit(g: Builder, out: Out, x: Tensor, _: Any, *args: Any, **kwargs: Any) -> Any:
+        align, rest = (False, args) if mode == "nearest" else (bool(args[0]), args[1:])
+        scales = [*rest, *kwargs.values()]
+        if scales and not isinstance(scales[0], int | float):
+            scales = list(scales[0] or ())
+        return resized(g, out, x, mode, align, [float(s) for s in scales if s is not None])
 
     return emit
 
@@ -650,8 +815,22 @@ def leaky_relu(g: Builder, out: Out, x: Tensor, slope: float = 0.01) -> Any:
     return g.op("LeakyRelu", x.value, alpha=float(slope), out=out)
 
 
-def elu(g: Builder, out: Out, x: Tensor, alpha: float = 1, *_: Any) -> Any:
-    return g.op("Elu", x.value, alpha=float(alpha), out=out)
+def elu(g: Builder, out: Out, x: Tensor, alpha: float = 1, scale: float = 1, input_scale: float = 1) -> Any:
+    """`scale * x` above zero, `scale * alpha * (exp(input_scale * x) - 1)` below."""
+    if input_scale != 1:
+        low = g.op("Elu", g.op("Mul", x.value, g.scalar(input_scale, x.dtype)), alpha=float(alpha), out=out)
+        value = g.op("Where", g.op("Greater", x.value, g.scalar(0, x.dtype), out=Out(out.shape, torch.bool)), x.value, low, out=out)
+    else:
+        value = g.op("Elu", x.value, alpha=float(alpha), out=out)
+    return value if scale == 1 else g.op("Mul", value, g.scalar(scale, x.dtype), out=out)
+
+
+def softplus(g: Builder, out: Out, x: Tensor, beta: float = 1, threshold: float = 20) -> Any:
+    """`log(1 + exp(beta * x)) / beta`; torch's threshold only guards what ONNX computes without overflow."""
+    if beta == 1:
+        return g.op("Softplus", x.value, out=out)
+    value = g.op("Softplus", g.op("Mul", x.value, g.scalar(beta, x.dtype), out=out), out=out)
+    return g.op("Div", value, g.scalar(beta, x.dtype), out=out)
 
 
 def aten_layer_norm(g: Builder, out: Out, x: Tensor, shape: Sequence[int], weight: Any = None, bias: Any = None,
@@ -675,7 +854,20 @@ def batch_norm(g: Builder, out: Out, x: Tensor, weight: Any, bias: Any, mean: An
 
 def sdpa(g: Builder, out: Out, q: Tensor, k: Tensor, v: Tensor, mask: Any = None, dropout: float = 0.0,
          causal: bool = False, *, scale: float | None = None, enable_gqa: bool = False) -> Any:
-    return attention(g, out, q, k, v, mask, causal, scale)
+    """torch takes any number of leading dimensions; here they become the batch, with one head."""
+    if dropout:
+        raise Untranslated({"scaled_dot_product_attention with dropout"})
+    if q.rank == 4:
+        return attention(g, out, q, k, v, mask, causal, scale)
+    lead = q.shape[:-2]
+    if k.shape[:-2] != lead or v.shape[:-2] != lead:
+        raise Untranslated({f"scaled_dot_product_attention of {q.rank} dimensions with leading ones that differ"})
+    flat = lambda t: reshaped(g, t, (math.prod(lead), 1, *t.shape[-2:]))  # noqa: E731
+    if mask is not None and mask.rank > 2:
+        wide = expand(g, Out((*lead, *mask.shape[-2:]), mask.dtype), mask)
+        mask = flat(wide if isinstance(wide, Tensor) else Tensor(g, (*lead, *mask.shape[-2:]), mask.dtype, emitted=wide))
+    inner = Out((math.prod(lead), 1, *out.shape[-2:]), out.dtype)
+    return g.reshape(attention(g, inner, flat(q), flat(k), flat(v), mask, causal, scale), inner.shape, out)
 
 
 def by_overload(emitter: Emitter, *names: str) -> dict[str, Emitter]:
@@ -702,7 +894,7 @@ EMITTERS: Mapping[str, Emitter] = {
                   "aten.div.Tensor_mode", "aten.div.Scalar_mode"),
     **by_overload(lambda g, out, a, b: divide(g, out, a, b, "floor"), "aten.floor_divide.default"),
     **by_overload(lambda g, out, a, b, alpha=1: scaled("Sub")(g, out, b, a, alpha), "aten.rsub.Scalar", "aten.rsub.Tensor"),
-    **by_overload(binary("Mod"), "aten.remainder.Tensor", "aten.remainder.Scalar"),
+    **by_overload(remainder, "aten.remainder.Tensor", "aten.remainder.Scalar"),
     **by_overload(power, "aten.pow.Tensor_Scalar", "aten.pow.Tensor_Tensor", "aten.pow.Scalar"),
     **by_overload(binary("Max"), "aten.maximum.default", "aten.max.other"),
     **by_overload(binary("Min"), "aten.minimum.default", "aten.min.other"),
@@ -712,33 +904,42 @@ EMITTERS: Mapping[str, Emitter] = {
     **by_overload(compare("Greater"), "aten.gt.Tensor", "aten.gt.Scalar"),
     **by_overload(compare("LessOrEqual"), "aten.le.Tensor", "aten.le.Scalar"),
     **by_overload(compare("GreaterOrEqual"), "aten.ge.Tensor", "aten.ge.Scalar"),
-    **by_overload(logical("And", "BitwiseAnd"), "aten.__and__.Tensor", "aten.bitwise_and.Tensor", "aten.logical_and.default"),
-    **by_overload(logical("Or", "BitwiseOr"), "aten.__or__.Tensor", "aten.bitwise_or.Tensor", "aten.logical_or.default"),
-    **by_overload(logical("Xor", "BitwiseXor"), "aten.bitwise_xor.Tensor", "aten.logical_xor.default"),
+    **by_overload(logical("And", "BitwiseAnd"), "aten.__and__.Tensor", "aten.bitwise_and.Tensor", "aten.logical_and.default",
+                  "aten.__and__.Scalar", "aten.bitwise_and.Scalar"),
+    **by_overload(logical("Or", "BitwiseOr"), "aten.__or__.Tensor", "aten.bitwise_or.Tensor", "aten.logical_or.default",
+                  "aten.__or__.Scalar", "aten.bitwise_or.Scalar"),
+    **by_overload(logical("Xor", "BitwiseXor"), "aten.bitwise_xor.Tensor", "aten.logical_xor.default",
+                  "aten.__xor__.Tensor", "aten.bitwise_xor.Scalar"),
     **by_overload(logical_not, "aten.logical_not.default", "aten.bitwise_not.default"),
     **by_overload(where, "aten.where.self", "aten.where.ScalarOther", "aten.where.ScalarSelf", "aten.where.Scalar"),
     **by_overload(masked_fill, "aten.masked_fill.Scalar", "aten.masked_fill.Tensor"),
-    **by_overload(clamp, "aten.clamp.default", "aten.clamp_min.default", "aten.hardtanh.default", "aten.clip.default"),
+    **by_overload(clamp, "aten.clamp.default", "aten.clamp_min.default", "aten.clip.default"),
+    "aten.hardtanh.default": hardtanh,
     **by_overload(clamp_between, "aten.clamp.Tensor", "aten.clip.Tensor"),
     **by_overload(lambda g, out, x, most: clamp(g, out, x, None, most), "aten.clamp_max.default"),
     **{f"aten.{name}.default": unary(kind) for name, kind in {
         "exp": "Exp", "log": "Log", "sin": "Sin", "cos": "Cos", "tan": "Tan", "tanh": "Tanh", "sqrt": "Sqrt",
-        "abs": "Abs", "neg": "Neg", "reciprocal": "Reciprocal", "sigmoid": "Sigmoid", "erf": "Erf", "floor": "Floor",
-        "ceil": "Ceil", "round": "Round", "sign": "Sign", "softplus": "Softplus",
-        "relu": "Relu", "atan": "Atan", "mish": "Mish",
+        "abs": "Abs", "neg": "Neg", "reciprocal": "Reciprocal", "sigmoid": "Sigmoid", "erf": "Erf", "sign": "Sign",
+        "atan": "Atan", "mish": "Mish", "selu": "Selu", "hardswish": "HardSwish",
     }.items()},
-    **by_overload(lambda g, out, x: g.op("IsNaN", x.value, out=out), "aten.isnan.default"),
-    **by_overload(lambda g, out, x: g.op("IsInf", x.value, out=out), "aten.isinf.default"),
+    "aten.relu.default": relu,
+    "aten.expm1.default": expm1,
+    "aten.log1p.default": log1p,
+    **{f"aten.{name}.default": rounding(kind) for name, kind in {"floor": "Floor", "ceil": "Ceil", "round": "Round"}.items()},
+    **{f"aten.{name}.default": question(kind) for name, kind in {"isnan": "IsNaN", "isinf": "IsInf"}.items()},
+    "aten.trunc.default": trunc,
+    "aten.softplus.default": softplus,
     **by_overload(lambda g, out, x: activation(g, out, x, "silu"), "aten.silu.default"),
     **by_overload(lambda g, out, x, approximate="none": activation(
         g, out, x, "gelu" if approximate == "none" else "gelu_tanh"), "aten.gelu.default"),
     **by_overload(hard_sigmoid, "aten.hardsigmoid.default"),
     **by_overload(leaky_relu, "aten.leaky_relu.default"),
     **by_overload(elu, "aten.elu.default"),
+    **by_overload(lambda g, out, x, alpha=1: elu(g, out, x, alpha, 1, 1 / alpha), "aten.celu.default"),
     "aten.rsqrt.default": rsqrt,
     "aten.square.default": square,
     **by_overload(convert, "aten.to.dtype", "aten.to.device", "aten.to.dtype_layout", "aten._to_copy.default",
-                  "aten.type_as.default", "aten.to.other", "aten.float.default"),
+                  "aten.type_as.default", "aten.to.other"),
     **by_overload(same, "aten.dropout.default", "aten.contiguous.default", "aten.clone.default", "aten.detach.default",
                   "aten.detach_.default", "aten.alias.default", "aten.lift_fresh_copy.default", "aten.feature_dropout.default"),
     **by_overload(reduce("ReduceMean"), "aten.mean.dim", "aten.mean.default"),
@@ -746,6 +947,10 @@ EMITTERS: Mapping[str, Emitter] = {
     **by_overload(reduce("ReduceMax"), "aten.amax.default", "aten.any.dim", "aten.any.default", "aten.any.dims",
                   "aten.max.default"),
     **by_overload(reduce("ReduceMin"), "aten.amin.default", "aten.all.dim", "aten.all.default", "aten.min.default"),
+    **by_overload(variance(False), "aten.var.default", "aten.var.dim", "aten.var.correction"),
+    **by_overload(variance(True), "aten.std.default", "aten.std.dim", "aten.std.correction"),
+    "aten.var_mean.correction": lambda g, out, x, dim=None, keepdim=False, **kw: (
+        variance(False)(g, out[0], x, dim, keepdim=keepdim, **kw), reduce("ReduceMean")(g, out[1], x, dim, keepdim)),
     "aten.max.dim": extreme_with_index("ReduceMax", "ArgMax"),
     "aten.min.dim": extreme_with_index("ReduceMin", "ArgMin"),
     "aten.argmax.default": arg_extreme("ArgMax"),
@@ -773,6 +978,9 @@ EMITTERS: Mapping[str, Emitter] = {
     "aten.index_select.default": index_select,
     "aten.gather.default": gather,
     "aten.index.Tensor": index,
+    "aten.index_put.default": index_put,
+    "aten.slice_scatter.default": slice_scatter,
+    "aten.select_scatter.default": select_scatter,
     "aten.embedding.default": embedding,
     "aten.repeat.default": repeat,
     **by_overload(repeat, "aten.tile.default"),
@@ -783,28 +991,30 @@ EMITTERS: Mapping[str, Emitter] = {
     "aten.constant_pad_nd.default": lambda g, out, x, pads, value=0: pad(g, out, x, pads, "constant", value),
     "aten.triu.default": triangle(1),
     "aten.tril.default": triangle(0),
-    **by_overload(meshgrid, "aten.meshgrid.indexing", "aten.meshgrid.default"),
+    "aten.meshgrid.indexing": meshgrid,
     **by_overload(constant_fill(1), "aten.ones.default", "aten.new_ones.default", "aten.ones_like.default"),
     **by_overload(constant_fill(0), "aten.zeros.default", "aten.new_zeros.default", "aten.zeros_like.default"),
-    **by_overload(full, "aten.full.default", "aten.new_full.default", "aten.full_like.default"),
+    **by_overload(constant_fill(0), "aten.empty.memory_format", "aten.new_empty.default", "aten.empty_like.default", "aten.zero.default"),
+    **by_overload(full, "aten.full.default", "aten.new_full.default", "aten.full_like.default", "aten.fill.Scalar", "aten.fill.Tensor"),
+    "aten.copy.default": copy,
     "aten.scalar_tensor.default": lambda g, out, number, **_: filled(g, out, number),
     **by_overload(arange, "aten.arange.default", "aten.arange.start", "aten.arange.start_step"),
     **by_overload(matmul, "aten.matmul.default", "aten.bmm.default", "aten.mm.default"),
     "aten.addmm.default": addmm,
     "aten.baddbmm.default": baddbmm,
     "aten.linear.default": linear,
-    **by_overload(convolution, "aten.conv1d.default", "aten.conv2d.default", "aten.conv3d.default", "aten.conv2d.padding",
-                  "aten.conv1d.padding"),
-    **by_overload(conv_transpose, "aten.conv_transpose2d.input", "aten.conv_transpose1d.default"),
-    "aten.avg_pool2d.default": pool("AveragePool"),
-    "aten.max_pool2d.default": pool("MaxPool"),
-    "aten.adaptive_avg_pool2d.default": adaptive_pool,
+    **{f"aten.conv{n}d.{kind}": one_image(convolution, n) for n in (1, 2, 3) for kind in ("default", "padding")},
+    **{name: one_image(conv_transpose, n) for n, name in enumerate(
+        ("aten.conv_transpose1d.default", "aten.conv_transpose2d.input", "aten.conv_transpose3d.input"), 1)},
+    **{f"aten.avg_pool{n}d.default": one_image(pool("AveragePool"), n) for n in (1, 2, 3)},
+    **{f"aten.max_pool{n}d.default": one_image(pool("MaxPool"), n) for n in (1, 2, 3)},
+    **{f"aten.adaptive_avg_pool{n}d.default": one_image(adaptive_pool, n) for n in (1, 2, 3)},
     "aten.einsum.default": einsum,
     "aten.outer.default": outer,
-    "aten.pixel_shuffle.default": pixel_shuffle,
-    **by_overload(upsample("nearest"), "aten.upsample_nearest2d.vec", "aten.upsample_nearest2d.default"),
-    **by_overload(upsample("bilinear"), "aten.upsample_bilinear2d.vec", "aten.upsample_bilinear2d.default"),
-    **by_overload(upsample("bicubic"), "aten.upsample_bicubic2d.vec", "aten.upsample_bicubic2d.default"),
+    "aten.pixel_shuffle.default": one_image(pixel_shuffle, 2),
+    **{f"aten.upsample_{kind}.{form}": upsample(mode) for form in ("vec", "default") for kind, mode in {
+        "nearest1d": "nearest", "nearest2d": "nearest", "nearest3d": "nearest", "linear1d": "linear",
+        "bilinear2d": "linear", "trilinear3d": "linear", "bicubic2d": "cubic"}.items()},
 }
 
 IGNORED = frozenset({

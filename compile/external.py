@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import onnx
 import onnx_ir as ir
 import torch
 
@@ -114,7 +115,7 @@ def write_weights(model: ir.Model, path: Path, metadata: Mapping[str, str], prog
         file.write(len(header).to_bytes(8, "little") + header)
         for tensor in tensors.values():
             data = tensor.recipe.make(tensor.weights) if isinstance(tensor, WeightTensor) else None
-            file.write(memoryview(data.reshape(-1).view(torch.uint8).numpy()) if data is not None else tensor.tobytes())
+            file.write(data.reshape(-1).view(torch.uint8).numpy().data if data is not None else tensor.tobytes())
             done += tensor.nbytes
             progress(done, total)
 
@@ -127,7 +128,7 @@ def point_at(model: ir.Model, location: str, header: bytes) -> None:
         tensor = value.const_value
         assert tensor is not None
         low, high = entries[key]["data_offsets"]
-        value.const_value = ir.ExternalTensor(location, start + low, high - low, tensor.dtype, shape=ir.Shape(tensor.shape),
+        value.const_value = ir.ExternalTensor(location, start + low, high - low, tensor.dtype, shape=ir.Shape(tensor.shape.numpy()),
                                               name=str(value.name), base_dir="")
 
 
@@ -145,7 +146,7 @@ def stripped(model: ir.Model) -> ir.Model:
     for value in copy.graph.initializers.values():
         tensor = value.const_value
         if isinstance(tensor, ir.ExternalTensor):
-            empty = ir.serde.onnx.TensorProto(name=str(value.name), data_type=int(tensor.dtype),
+            empty = onnx.TensorProto(name=str(value.name), data_type=int(tensor.dtype),
                                               dims=[int(d) for d in tensor.shape.numpy()])
             value.const_value = ir.serde.TensorProtoTensor(empty)
     return copy

@@ -102,6 +102,10 @@ def _resize(input: Any, size: Any = None, scale_factor: Any = None, mode: str = 
     return resize(input, height, width, mode, bool(align_corners), scales)
 
 
+def _meshgrid(*tensors: Any, indexing: str | None = None) -> Any:
+    return torch.meshgrid(*tensors, indexing=indexing or "ij")  # torch's form without a word does not trace
+
+
 def _act(kind: str) -> Callable[..., Any]:
     return lambda input, inplace=False: activation(input, kind) if not inplace else NotImplemented
 
@@ -114,19 +118,33 @@ LEAVES: Mapping[Any, Callable[..., Any]] = {
     F.linear: _linear,
     F.softmax: _softmax,
     F.interpolate: _resize,
+    torch.meshgrid: _meshgrid,
     F.silu: _act("silu"),
     F.relu: _act("relu"),
     F.gelu: lambda input, approximate="none": activation(input, "gelu" if approximate == "none" else "gelu_tanh"),
 }
 
 
+MAKERS = frozenset({torch.arange, torch.empty, torch.eye, torch.full, torch.linspace, torch.ones, torch.zeros,
+                    torch.tril_indices, torch.triu_indices})
+LITERALS = frozenset({torch.tensor, torch.as_tensor, torch.asarray, torch.from_numpy})
+
+
 class KeepLeaves(TorchFunctionMode):
-    """While active, the functions of `LEAVES` are recorded as leaf operators where they can be."""
+    """While active, the functions of `LEAVES` are recorded as leaf operators where they can be.
+
+    Tensors that a forward makes without naming a device are made on meta, where its inputs are; literals keep their
+    numbers (those without dimensions mix with every device as they are).
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
         leaf = LEAVES.get(func)
         if leaf is not None:
-            out = leaf(*args, **(kwargs or {}))
+            out = leaf(*args, **kwargs)
             if out is not NotImplemented:
                 return out
-        return func(*args, **(kwargs or {}))
+        if func in MAKERS and kwargs.get("device") is None:
+            return func(*args, **{**kwargs, "device": "meta"})
+        out = func(*args, **kwargs)
+        return out.to("meta") if func in LITERALS and out.ndim and kwargs.get("device") is None else out

@@ -106,7 +106,7 @@ def constant(graph: ir.Graph, array: Any, name: str) -> ir.Value:
     value = graph.initializers.get(name)
     if value is None:
         tensor = ir.tensor(np.asarray(array), name=name)
-        value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape), const_value=tensor)
+        value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape.numpy()), const_value=tensor)
         graph.register_initializer(value)
     return value
 
@@ -166,6 +166,19 @@ def merge_reshapes(graph: ir.Graph, node: ir.Node) -> str:
 
 BROADCASTING = frozenset({"Add", "Sub", "Mul", "Div", "Where", "Pow", "And", "Or", "Less", "Greater", "Equal",
                           "LessOrEqual", "GreaterOrEqual", "Max", "Min"})
+
+
+def drop_identity(graph: ir.Graph, node: ir.Node) -> str:
+    """An Identity stays where it gives an output of the graph a name of its own."""
+    source, out = node.inputs[0], node.outputs[0]
+    assert source is not None
+    if out.is_graph_output():
+        if source.is_graph_input() or source.is_initializer() or source.is_graph_output():
+            return "it names an output of the graph"
+        source.name = out.name
+    out.replace_all_uses_with(source, replace_graph_outputs=True)
+    graph.remove(node, safe=True)
+    return DONE
 
 
 def drop_expand(graph: ir.Graph, node: ir.Node) -> str:
@@ -331,6 +344,7 @@ RULES: tuple[Rule, ...] = (
     Rule("fuse RMSNorm", "Reciprocal", fuse_rms_norm, since=23),
     Rule("fuse rotary embedding", "Add", fuse_rotary, since=23),
     Rule("pack attention heads", "Attention", pack_attention, since=23),
+    Rule("drop identities", "Identity", drop_identity),
 )
 
 
@@ -354,7 +368,6 @@ def clean_up(model: ir.Model, opset: int) -> dict[str, PassResult]:
     """All passes in order; the graph is changed in place. Gives what each rule did and declined."""
     common.CommonSubexpressionEliminationPass()(model)
     results = {rule.name: run_rule(model, rule) for rule in RULES if opset >= rule.since}
-    common.IdentityEliminationPass()(model)
     common.CommonSubexpressionEliminationPass()(model)
     common.RemoveUnusedNodesPass()(model)
     name_nodes(model.graph)

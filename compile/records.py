@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import PurePosixPath
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict, model_validator
+
+from .spec import PRECISIONS
 
 SCHEMA = 1
 
@@ -114,3 +116,13 @@ class Manifest(Record):
     trust: list[str] = []
     components: dict[str, ComponentRecord] = {}
     artifacts: dict[str, Artifact] = {}
+
+    @model_validator(mode="after")
+    def consistent(self) -> Self:
+        """Each artifact stands under its own id, belongs to a component and says what is read of it later."""
+        for id_, artifact in self.artifacts.items():
+            if id_ != artifact.id or artifact.component not in self.components:
+                raise ValueError(f"artifact {id_} calls itself {artifact.id} of component {artifact.component}")
+            if artifact.kind in ("onnx", "engine") and artifact.spec.get("precision") not in PRECISIONS:
+                raise ValueError(f"artifact {id_} has the precision {artifact.spec.get('precision')}")
+        return self

@@ -161,7 +161,7 @@ class OnnxRuntimeRunner:
         inputs = {i.name: i.type for i in self._session.get_inputs()}
         unused = set(feeds) - set(inputs)
         check_names({n: t for n, t in feeds.items() if n not in unused}, list(inputs))
-        arrays = {n: feeds[n].numpy().astype(NUMPY_OF_ORT[kind], copy=False) for n, kind in inputs.items()}
+        arrays: dict[str, Any] = {n: feeds[n].numpy().astype(NUMPY_OF_ORT[kind], copy=False) for n, kind in inputs.items()}
         names = [o.name for o in self._session.get_outputs()]
         return {n: torch.from_numpy(np.asarray(v)) for n, v in zip(names, self._session.run(None, arrays), strict=True)}
 

@@ -12,6 +12,7 @@ from optimize.errors import InputError
 if TYPE_CHECKING:
     from .weights import Weights
 
+LARGEST = 2**31 - 1  # of any axis
 FLOAT = "float"  # stands for the component's own precision in a TensorSpec
 
 PRECISIONS: Mapping[str, str] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
@@ -20,13 +21,17 @@ PRECISIONS: Mapping[str, str] = {"fp32": "float32", "fp16": "float16", "bf16": "
 
 @dataclass(frozen=True)
 class Axis:
-    """One size that may vary. Values lie in `min..max` and are multiples of `step`; `min == max` makes it static."""
+    """One size that may vary. Values lie in `min..max` and are multiples of `step`; `min == max` makes it static.
+
+    `limit` is the most that the model can take, where there is such a thing (a table of positions).
+    """
 
     name: str
     min: int
     opt: int
     max: int
     step: int = 1
+    limit: int | None = None
 
     @property
     def static(self) -> bool:
@@ -39,6 +44,13 @@ class Axis:
                 got=f"{self.min}:{self.opt}:{self.max}",
                 expected="0 <= min <= opt <= max",
                 mend=f"--axis {self.name}={self.min}:{max(self.min, self.opt)}:{max(self.min, self.opt, self.max)}",
+            )
+        if self.max > (most := LARGEST if self.limit is None else self.limit):
+            raise InputError(
+                f"axis {self.name}: the model cannot take {self.max}",
+                got=self.max,
+                expected=f"at most {most}",
+                mend=f"--axis {self.name}={min(self.min, most)}:{min(self.opt, most)}:{most}",
             )
         for value in (self.min, self.opt, self.max):
             if value % self.step:
@@ -56,12 +68,17 @@ class Axis:
 
 def axis_from_text(text: str, axes: Mapping[str, Axis]) -> Axis:
     """`NAME=VALUE` (static) or `NAME=MIN:OPT:MAX` becomes an Axis; the step is that of the model's own axis."""
-    match = re.fullmatch(r"(\w+)=(\d+)(?::(\d+):(\d+))?", text.strip())
+    match = re.fullmatch(r"(\w+)=(\d+)(?::(\d+):(\d+))?", text.strip(), re.ASCII)
     if not match:
-        raise InputError("--axis was not understood", got=text, expected="NAME=SIZE or NAME=MIN:OPT:MAX")
+        raise InputError("--axis was not understood", got=text, expected="NAME=SIZE or NAME=MIN:OPT:MAX, in whole numbers",
+                         mend="such as --axis batch=1:1:8, or --axis height=512")
     name, low, opt, high = match.groups()
     if name not in axes:
-        raise InputError(f"unknown axis {name}", got=text, expected="one of " + ", ".join(sorted(axes)))
+        raise InputError(f"unknown axis {name}", got=text, expected="one of " + ", ".join(sorted(axes)),
+                         mend="`--dry-run` shows the axes of each component")
+    if int(low) == 0 < axes[name].min:
+        raise InputError(f"axis {name}: the model cannot take 0", got=text, expected=f"at least {axes[name].step}",
+                         mend=f"use {axes[name].step} or more")
     return replace(axes[name], min=int(low), opt=int(opt or low), max=int(high or low))
 
 
@@ -142,8 +159,8 @@ class Component:
         """
         traced, untraced, smallest = {}, {}, {}
         for i, axis in enumerate(self.axes.values()):
-            traced[axis.name] = _pick(axis, (2, 3, 5, 7, 11, 13)[min(i, 5)])
-            untraced[axis.name] = _pick(axis, (3, 5, 2, 4, 6, 17)[min(i, 5)])
+            traced[axis.name] = _pick(axis, (2, 3, 4, 7, 11, 13)[min(i, 5)])
+            untraced[axis.name] = _pick(axis, (3, 2, 3, 5, 6, 17)[min(i, 5)])
             smallest[axis.name] = axis.min
         return {"traced": traced, "untraced": untraced, "smallest": smallest}
 

@@ -12,7 +12,7 @@ import operator
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 import onnx_ir as ir
@@ -25,7 +25,7 @@ from optimize.errors import GateError, InternalError
 from .spec import Component, TensorSpec, dim_terms
 from .trace import Traced
 
-Size = int | sympy.Expr
+Size: TypeAlias = "int | sympy.Expr"
 
 TYPES: Mapping[torch.dtype, ir.DataType] = {
     torch.float32: ir.DataType.FLOAT, torch.float16: ir.DataType.FLOAT16, torch.bfloat16: ir.DataType.BFLOAT16,
@@ -135,7 +135,7 @@ class Builder:
         return self._constants[key]
 
     def initializer(self, name: str, tensor: ir.TensorProtocol) -> ir.Value:
-        value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape), const_value=tensor)
+        value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape.numpy()), const_value=tensor)
         self.initializers[name] = value
         return value
 
@@ -173,8 +173,26 @@ class Builder:
                 return cast(ir.Value, self.op("Div", self.op("Sub", whole, rest), divisor, out=Out((1,), torch.int64)))
             if kind in SIZE_OPS:
                 return self._reduce(SIZE_OPS[kind], list(e.args))
+            if kind in ROUNDINGS:
+                whole = self.op(ROUNDINGS[kind], self.fraction(e.args[0]), out=Out((1,), torch.float32))
+                return cast(ir.Value, self.op("Cast", whole, to=int(TYPES[torch.int64]), out=Out((1,), torch.int64)))
         finally:
             self.scope, self.origin = scope, origin
+        raise Untranslated({f"size expression {e} ({kind})"})
+
+    def fraction(self, e: sympy.Expr) -> ir.Value:
+        """An expression of sizes that is no whole number (`t / 3`, `0.5 * t`, `sqrt(t)`), as fp32 of one element."""
+        kind, out = type(e).__name__, Out((1,), torch.float32)
+        if e.is_number:
+            return self.constant(torch.tensor([float(e)]), "scalar")
+        if kind == "ToFloat" or e.is_integer:
+            whole = self.size(e.args[0] if kind == "ToFloat" else e)
+            return cast(ir.Value, self.op("Cast", whole, to=int(TYPES[torch.float32]), out=out))
+        if kind in FRACTION_OPS:
+            first, *others = (self.fraction(a) for a in e.args)
+            for other in others:
+                first = self.op(FRACTION_OPS[kind], first, other, out=out)
+            return first if others else cast(ir.Value, self.op(FRACTION_OPS[kind], first, out=out))
         raise Untranslated({f"size expression {e} ({kind})"})
 
     def _reduce(self, kind: str, terms: list[sympy.Expr]) -> ir.Value:
@@ -196,7 +214,8 @@ class Builder:
         """Several sizes as one int64 tensor."""
         if all(isinstance(s, int) or s.is_Integer for s in sizes):
             return self.ints(*(int(s) for s in sizes))
-        return self.op("Concat", *(self.size(s) for s in sizes), axis=0, out=Out((len(sizes),), torch.int64))
+        parts = [self.size(s) for s in sizes]
+        return cast(ir.Value, self.op("Concat", *parts, axis=0, out=Out((len(sizes),), torch.int64)))
 
     # --- what many emitters share ---
 
@@ -228,6 +247,11 @@ class Builder:
 
 SIZE_OPS = {"Add": "Add", "Mul": "Mul", "FloorDiv": "Div", "CleanDiv": "Div", "Mod": "Mod", "PythonMod": "Mod",
             "Max": "Max", "Min": "Min"}
+
+
+FRACTION_OPS = {"Add": "Add", "Mul": "Mul", "Pow": "Pow", "FloatPow": "Pow", "PowByNatural": "Pow", "IntTrueDiv": "Div",
+                "FloatTrueDiv": "Div", "OpaqueUnaryFn_sqrt": "Sqrt"}
+ROUNDINGS = {"TruncToInt": "Floor", "FloorToInt": "Floor", "CeilToInt": "Ceil", "RoundToInt": "Round"}  # sizes are not negative
 
 
 def raw_array(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
@@ -394,7 +418,7 @@ class Translator:
             return value
         if name.startswith("wrap_with"):
             return self.inline(node)
-        args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda n: self.env[n])
+        args, kwargs = cast(Any, torch.fx.map_arg(cast(Any, (node.args, node.kwargs)), lambda n: self.env[n]))
         if node.target is operator.getitem:
             return args[0][args[1]]
         self.graph.scope, self.graph.origin = scope_of(node), node.name
@@ -404,7 +428,10 @@ class Translator:
         out = out_of(value)
         if name not in self.emitters:  # it could have been computed from constants, and was not
             raise Untranslated({name})
-        result = self.wrap(self.emitters[name](self.graph, out, *args, **kwargs), out)
+        try:
+            result = self.wrap(self.emitters[name](self.graph, out, *args, **kwargs), out)
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as e:
+            raise InternalError(f"the emitter of {name} failed in {self.graph.scope or 'the forward'}: {e}") from e
         if cast(Any, node.target)._schema.is_mutable:
             self.env[cast(FxNode, node.args[0])] = result  # whoever reads it from here on sees the change
         return result
@@ -445,7 +472,9 @@ class Translator:
 
     def model(self, outputs: Any) -> ir.Model:
         graph_outputs, seen = [], set()
-        for name, tensor in zip(self.component.outputs, outputs, strict=True):
+        specs = self.traced.program.graph_signature.output_specs  # decomposition adds what the forward wrote into
+        own = [t for t, spec in zip(outputs, specs, strict=True) if spec.kind == torch.export.graph_signature.OutputKind.USER_OUTPUT]
+        for name, tensor in zip(self.component.outputs, own, strict=True):
             value = tensor.value
             if value in seen or value in self.inputs or value.is_initializer() or value.producer() is None:
                 self.graph.scope = ""
@@ -475,13 +504,15 @@ def writes_a_view(node: FxNode) -> bool:
         return False
     written = cast(FxNode, node.args[0])
     aliases = [written, *written.users]
+    if written.target is operator.getitem:  # a piece of split, chunk or unbind
+        aliases.append(cast(FxNode, written.args[0]))
     return any(a is not node and getattr(a.target, "is_view", False) for a in aliases)
 
 
 def foldable(node: FxNode) -> bool:
     """A pure aten operator: the same inputs always give the same output."""
     target = node.target
-    return (isinstance(target, torch._ops.OpOverload) and target.namespace == "aten"
+    return (isinstance(target, torch._ops.OpOverload) and target.namespace == "aten" and "empty" not in target._schema.name
             and torch.Tag.nondeterministic_seeded not in target.tags and not target._schema.is_mutable)
 
 

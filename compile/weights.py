@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 class Weights(Protocol):
     """Named tensors of a component, by the names of its module's parameters and buffers."""
 
-    kind: str
+    @property
+    def kind(self) -> str: ...
 
     def tensor(self, name: str) -> torch.Tensor:
         """The tensor on the CPU in the source's own type. The caller drops it before asking for the next."""
@@ -60,12 +61,12 @@ class SafetensorsWeights:
     kind: str = "safetensors"
 
     @cached_property
-    def headers(self) -> dict[str, tuple[Path, list[int]]]:
-        """Key -> (file, shape) of every tensor in the files; reads the headers only."""
+    def headers(self) -> dict[str, tuple[Path, list[int], str]]:
+        """Key -> (file, shape, type) of every tensor in the files; reads the headers only."""
         found = {}
         for path in self.files:
             for key, entry in header_of_safetensors(path).items():
-                found[key] = (path, entry["shape"])
+                found[key] = (path, entry["shape"], entry["dtype"])
         return found
 
     def tensor(self, name: str) -> torch.Tensor:
@@ -78,50 +79,68 @@ class SafetensorsWeights:
         return tensor
 
     def bind(self, module: torch.nn.Module) -> SafetensorsWeights:
-        names = wanted(module)
-        renamed = {new: (self.headers[old][0], old) for old, new in key_renames(module, self.headers)}
-        where, missing = {}, []
-        for name, tensor in names.items():
-            key = next((n for n in alternatives(module, name) if n in renamed), None)
-            if key is None:
-                missing.append(name)
-                continue
-            path, old = where[name] = renamed[key]
-            shape = self.headers[old][1]
-            if math.prod(shape) != tensor.numel() or [d for d in shape if d != 1] != [d for d in tensor.shape if d != 1]:
-                raise InputError(
-                    f"weight {name} has a wrong shape in {path.name}",
-                    got=list(shape),
-                    expected=list(tensor.shape),
-                    mend="the config and the weights belong to different models: take both from the same folder",
-                )
-        if missing:
-            raise InputError(
-                f"{len(missing)} weights are missing in {', '.join(f.name for f in self.files)}",
-                got=", ".join(missing[:4]) + (" ..." if len(missing) > 4 else ""),
-                expected=f"all {len(names)} tensors of {type(module).__name__}",
-                mend="download the folder again, or check that config.json belongs to these weights",
-            )
-        return SafetensorsWeights(self.files, where)
+        shapes = {key: shape for key, (_, shape, _) in self.headers.items()}
+        keys = matched(module, shapes, ", ".join(f.name for f in self.files))
+        for name, tensor in wanted(module).items():
+            check_kind(name, self.headers[keys[name]][2].startswith(("I", "U")), tensor, self.headers[keys[name]][2])
+        return SafetensorsWeights(self.files, {name: (self.headers[key][0], key) for name, key in keys.items()})
 
     def digest(self) -> str:
         parts = [digest_of_file(path) for path in self.files]
         return "sha256:" + hashlib.sha256("".join(parts).encode()).hexdigest()
 
 
+def matched(module: torch.nn.Module, shapes: Mapping[str, Sequence[int]], where: str) -> dict[str, str]:
+    """Name in the module -> key among `shapes` (what `where` holds). Raises InputError for missing and wrong ones."""
+    names = wanted(module)
+    keys = {name: name for name in shapes}
+    if not keys.keys() >= names.keys():
+        keys = {**{new: old for old, new in key_renames(module, shapes)}, **keys}
+    found, missing = {}, []
+    for name, tensor in names.items():
+        key = next((keys[n] for n in alternatives(module, name) if n in keys), None)
+        if key is None:
+            missing.append(name)
+            continue
+        if [d for d in shapes[key] if d != 1] != [d for d in tensor.shape if d != 1]:
+            raise InputError(f"weight {name} has a wrong shape in {where}", got=list(shapes[key]),
+                             expected=list(tensor.shape),
+                             mend="the config and the weights are of different models: take both from the same folder")
+        found[name] = key
+    if missing:
+        raise InputError(f"{len(missing)} weights are missing in {where}",
+                         got="no " + ", ".join(missing[:4]) + (" ..." if len(missing) > 4 else ""),
+                         expected=f"all {len(names)} tensors of {type(module).__name__}",
+                         mend="download the folder again, or check that config.json belongs to these weights")
+    return found
+
+
+def check_kind(name: str, whole: bool, tensor: torch.Tensor, dtype: str) -> None:
+    """Raises InputError for whole numbers where the model has fractions: a quantized checkpoint, its scales elsewhere."""
+    if whole and tensor.is_floating_point():
+        raise InputError(f"weight {name} is stored in whole numbers", got=dtype, expected=str(tensor.dtype),
+                         mend="a quantized checkpoint is not a source: take the weights that it was made from")
+
+
 def header_of_safetensors(path: Path) -> dict[str, dict[str, Any]]:
-    """Tensor entries of a safetensors file (dtype, shape, data_offsets). Raises InputError where it is cut or broken."""
+    """Tensor entries of a safetensors file (dtype, shape, data_offsets). Raises InputError where it is broken."""
+    from safetensors import SafetensorError, safe_open
+
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             if length > min(size, 100 << 20):
                 raise ValueError("its header is longer than the file")
-            header = json.loads(file.read(length))
-    except (OSError, ValueError) as e:
-        raise InputError(f"{path.name} is not a readable safetensors file", got=str(e), mend="fetch it again") from e
-    header.pop("__metadata__", None)
-    end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+            header = dict(json.loads(file.read(length)))
+        header.pop("__metadata__", None)
+        end = max((int(entry["data_offsets"][1]) for entry in header.values()), default=0)
+        if 8 + length + end == size:
+            with safe_open(path, framework="np"):
+                pass  # every type, shape and offset is checked
+    except (OSError, ValueError, TypeError, LookupError, SafetensorError) as e:
+        raise InputError(f"{path.name} is not a readable safetensors file", got=str(e)[:300] or type(e).__name__,
+                         expected="a header that describes its tensors, then their data", mend="fetch it again") from e
     if 8 + length + end != size:
         raise InputError(f"{path.name} is truncated or has been changed", got=f"{size} bytes",
                          expected=f"{8 + length + end} bytes by its own header", mend="fetch it again")
@@ -197,6 +216,7 @@ class MemoryWeights:
     """Weights that somebody's code already holds: `load()` gives the state dict, called at most once."""
 
     load: Callable[[], Mapping[str, torch.Tensor]]
+    where: Mapping[str, str] = field(default_factory=dict)
     kind: str = "memory"
 
     @cached_property
@@ -204,19 +224,15 @@ class MemoryWeights:
         return self.load()
 
     def tensor(self, name: str) -> torch.Tensor:
-        return self.state[name].detach().cpu()
+        return self.state[self.where.get(name, name)].detach().cpu()
 
     def bind(self, module: torch.nn.Module) -> MemoryWeights:
-        names = wanted(module)
-        missing = [n for n in names if n not in self.state]
-        if missing:
-            raise InputError(f"{len(missing)} weights are missing", got=", ".join(missing[:4]),
-                             expected=f"all {len(names)} tensors of {type(module).__name__}")
-        for name, tensor in names.items():
-            if self.state[name].shape != tensor.shape:
-                raise InputError(f"weight {name} has a wrong shape", got=list(self.state[name].shape),
-                                 expected=list(tensor.shape))
-        return self
+        shapes = {name: tuple(tensor.shape) for name, tensor in self.state.items()}
+        keys = matched(module, shapes, "the state dict")
+        for name, tensor in wanted(module).items():
+            held = self.state[keys[name]]
+            check_kind(name, not (held.is_floating_point() or held.is_complex()), tensor, str(held.dtype))
+        return MemoryWeights(lambda: self.state, keys)
 
     def digest(self) -> str:
         import torch

@@ -21,7 +21,7 @@ from optimize.errors import GateError
 
 FP32_LIMIT = 1e-4
 EAGER_FACTOR = 1.05
-MANY, FEWEST_SEEDS, MOST_SEEDS = 32768, 4, 16
+MANY, FEWEST_SEEDS, MOST_SEEDS = 32768, 4, 32
 ROUNDING = {"fp16": 2.0**-11, "bf16": 2.0**-8}
 """Half a unit in the last place: eager can be exact by luck (an identity), an artifact may still round once."""
 

@@ -24,8 +24,7 @@ from optimize.compile.spec import Axis, Component, TensorSpec
 from optimize.errors import GateError
 
 A = torch.ops.aten
-AXES = {"b": Axis("b", 1, 2, 16), "t": Axis("t", 1, 3, 64), "n": Axis("n", 4, 6, 64), "h": Axis("h", 8, 16, 64, 8),
-        "p": Axis("p", 0, 3, 16)}
+AXES = {"b": Axis("b", 1, 2, 16), "t": Axis("t", 1, 3, 63), "n": Axis("n", 6, 9, 61), "p": Axis("p", 0, 3, 16)}
 ATTENTION = (18, 23)
 NORMS = (18, 20, 21, 23)
 TOLERANCE = {"fp32": (1e-5, 1e-5), "fp16": (4e-3, 4e-3)}
@@ -313,10 +312,321 @@ REDUCTIONS = (
          f(*bt7), precision="fp16"),
 )
 
+SHAPES = (
+    # reshape, squeeze_dim, unsqueeze, transpose, permute, expand
+    case("reshape", lambda x: (x.view(x.shape[0], -1), x.reshape(-1, 12), x.view(x.shape[0], x.shape[1], 3, 4), x.flatten(1), x.flatten(0, 1),
+                               x.unflatten(2, (2, 6)), x.unflatten(-1, (-1, 3)), x.reshape(x.shape[1], x.shape[0], 12), x.reshape(-1),
+                               x.reshape(x.shape[0] * x.shape[1], 2, 6)), f("b", "t", 12)),
+    case("reshape heads", lambda x: (x.reshape(x.shape[0], -1, 4, 3).transpose(1, 2), x.transpose(1, 2).reshape(x.shape[0], 12, x.shape[1])), f("b", "t", 12)),
+    case("reshape like", lambda x, y: (x.view_as(y), x.reshape_as(y), A._unsafe_view(x, [x.shape[0], 12]), x[:, None].squeeze(1), x[:, None, :, None].squeeze()),
+         f("b", 2, 6), f("b", 3, 4), sizes=("traced", "untraced")),
+    case("squeeze", lambda x: (x.squeeze(1), x.squeeze(-1), x.squeeze(0), x.squeeze((1, -1)), x.squeeze(2), x.squeeze((0, 1))), f("b", 1, 7, 1), sizes=("traced", "untraced")),
+    case("unsqueeze", lambda x, y: (x.unsqueeze(0), x.unsqueeze(-1), x.unsqueeze(2), x[:, None], x[..., None], x[None, :, :, None], y.unsqueeze(-1),
+                                    y[None]), f("b", "t"), f()),
+    case("transpose", lambda x, y, z: (x.transpose(1, 2), x.transpose(-1, 0), x.swapaxes(0, -2), A.swapaxes(x, 1, 2), x.mT, y.t(), y.T, z.t(),
+                                       x.transpose(1, 1), x.transpose(-1, -2)), f(*bt7), f("b", 7), f(63)),
+    case("permute", lambda x: (x.permute(2, 0, 1), x.permute(0, -1, 1), x.permute(0, 1, 2) + 1, x.movedim(0, -1)), f(*bt7)),
+    case("permute ints", lambda x, y: (x.permute(1, 0), y.permute(1, 0), y.transpose(0, 1)[:, None]), i64("b", 7), flag("b", "t")),
+    case("expand", lambda x, y: (x.expand(-1, 5, -1), x.expand(3, -1, 4, 7), y.expand(x.shape[0], x.shape[2], 7), y.expand_as(x[:, 0]),
+                                 y.broadcast_to(2, 7), A.broadcast_to(y, [x.shape[0], 7]), x.expand(x.shape[0], 1, 7)), f("b", 1, 7), f(7)),
+    case("expand ints", lambda x, y: (x.expand(-1, x.shape[0] * 2), y.expand(-1, 5), x[:, None].expand(-1, 3, -1)), i64("b", 1), flag("b", 1)),
+    # cat, stack, split, unbind
+    case("cat", lambda x, y: (torch.cat([x, y], 1), torch.cat([x, x, y], dim=-2), torch.concat([x, x], 2), torch.concatenate([x, x], -1),
+                              A.concat([x, y], 1), A.concatenate([x, x], 0), torch.cat([x])), f("b", "t", 7), f("b", 3, 7)),
+    case("cat kinds", lambda x, y, z: (torch.cat([x, y], 1), torch.cat([x, z], -1), torch.cat([torch.zeros(0), z * 1.0])), i64("b", 7), i32("b", 3), f("b", 7)),
+    case("stack", lambda x, y: (torch.stack([x, y]), torch.stack([x, y], -1), torch.stack([x, y, x], 1), torch.stack([x, y.int()], 2)),
+         f("b", 7), f("b", 7)),
+    case("split", lambda x: (*x.split(3, -1), *x.split([1, 2, 4], 2), *A.split.sizes(x, [3, 4], -1), *x.chunk(2, -1), *x.chunk(3, 2), *x.tensor_split(3, -1),
+                             *x.split(63, 2)), f(*bt7)),
+    case("split sizes", lambda x: (*x.split([x.shape[1] - 1, 1], 1), *x.split([1, x.shape[1] - 1], 1)), f("b", "n", 7)),
+    case("split ints", lambda x: (*x.split(3, -1), *x.chunk(2, 1)), i64("b", 7)),
+    case("unbind", lambda x: (*x.unbind(2), *x[..., :2].unbind(-1)), f("b", "t", 3)),
+    # slice_, select, narrow
+    case("slice", lambda x: (x[:, 1:], x[:, :-1], x[:, ::2], x[..., -3:], x[..., 2:5], x[..., 1:-1:3], x[:, : x.shape[0]],
+                             x[:, -2:], x[..., :99], x[:, x.shape[1] - 2 :], x[:, 1:, 0]), f("b", "n", 7)),
+    case("slice ints", lambda x, y: (x[:, 1:], y[:, :3], x[:, ::3]), i64("b", 7), flag("b", 7)),
+    case("slice at a length", lambda x, y: (x[:, : y.shape[1]] + y, x[:, -y.shape[1] :] - y), f("b", 64, 7), f("b", "t", 1)),
+    case("select", lambda x: (x[0], x[:, -1], x[..., 3], x[:, 0, 2], x.select(1, 1), x[:, x.shape[1] - 1], x[-1, -1]), f("b", "n", 7)),
+    case("narrow", lambda x: (x.narrow(1, 1, 2), x.narrow(-1, 3, 4), x.narrow(1, 0, x.shape[1] - 1)), f("b", "n", 7)),
+    # index_select, gather, index, embedding
+    case("index_select", lambda x, i, j: (x.index_select(1, i), x.index_select(-1, i), x.index_select(1, j)), f("b", 7, 7), ids(7, "t"), i32(5, fill="0..6")),
+    case("gather", lambda x, i: (x.gather(1, i), x.gather(-1, i), torch.gather(x, 1, i[:, :1])), f("b", 7, 3), ids(3, "b", 7, 3)),
+    case("index", lambda x, i, j: (x[i], x[:, i], x[..., i], x[i, j], x[i[:, None], j], x[i, j, 2], x[i, j[:, None], 1:]), f(7, 7, 7), ids(7, "t"), ids(7, "t")),
+    case("index negative", lambda x, i: (x[i], x[:, i], x[i, i]), f(9, 9, 2), i64("t")),
+    case("index later", lambda x, i, j: (x[:, i, j], x[..., i, j], x[:, i[:, None], j[None]], x[:, :, i, j], x[:, i, :, j], x[:, :, i, j].sum(1)),
+         f("b", 7, 7, 7), ids(7, 5), ids(7, 5), sizes=("traced", "untraced")),
+    case("index rows", lambda x, i: (x[torch.arange(x.shape[0]), i], x[torch.arange(x.shape[0], device=x.device), i.argmax(-1)]
+                                     if i.ndim > 1 else x[torch.arange(x.shape[0]), -1]), f("b", 7, 3), ids(7, "b")),
+    case("index kinds", lambda x, i: (x[i], x[:, i], x[i, i]), i64(7, 7), i32("t", fill="0..6")),
+    case("embedding", Fn(lambda i, j, e: (e(i), e(j)), nn.Embedding(7, 5, padding_idx=0)), ids(7, "b", "t"), i32("b", fill="0..6")),
+    # repeat, repeat_interleave, flip, roll
+    case("repeat", lambda x: (x.repeat(1, 2, 3), x.repeat(2, 1, 1, 1), x.repeat(x.shape[0], 1, 2), x.repeat(3, x.shape[1], 1, 1, 2), x.tile(2), x.tile(2, 1),
+                              x.tile(2, 1, 1, 3), torch.tile(x, (1, 2, 1))), f(*bt7)),
+    case("repeat ints", lambda x, y: (x.repeat(2, 1), y.repeat(1, 3), x[None].repeat(2, 1, 1)), i64("b", 7), flag("b", 7)),
+    case("repeat_interleave", lambda x: (x.repeat_interleave(2, 1), x.repeat_interleave(3, dim=-1), x.repeat_interleave(2, 0), x.repeat_interleave(2),
+                                         x.repeat_interleave(3)), f(*bt7)),
+    case("flip", lambda x: (x.flip(1), x.flip(-1, 0), x.flip((0, 1, 2))), f(*bt7)),
+    case("roll", lambda x: (x.roll(1, 1), x.roll(-2, -1), x.roll((1, -1), (1, 2)), x.roll(9, 2), x.roll(-16, -1), x.roll(0, 1), x.roll(x.shape[1] // 2, 1)), f(*bt7)),
+    case("roll further", lambda x: (x.roll(3, 1), x.roll(-4, 0), x.roll(5), x.roll((3, -3), (0, 1))), f(*bt7)),
+)
+
+PADS = (
+    case("pad", lambda x: (F.pad(x, (1, 2)), F.pad(x, (0, 1, 2, 0)), F.pad(x, (1, 1, 1, 1, 1, 1), value=-2.5), F.pad(x, (-1, -2)), F.pad(x, (1, -1, -1, 2)),
+                           F.pad(x, (0, 0, 0, x.shape[0])), F.pad(x, (0, 64 - x.shape[1])), A.constant_pad_nd(x, [1, 2], 3.0), A.constant_pad_nd(x, [1, 2])), f("b", "n", 7)),
+    case("pad kinds", lambda x, y, z: (F.pad(x, (1, 2)), F.pad(x, (1, 2), value=-1), F.pad(y, (1, 0), value=True), F.pad(y, (1, 0)), F.pad(z, (0, 3), value=7)),
+         i64("b", 7), flag("b", 7), i32("b", 7)),
+    case("pad reflect", lambda x: (F.pad(x, (2, 3), "reflect"), F.pad(x, (3, 1), "replicate"), F.pad(x, (0, 2), "replicate")), f("b", 3, "n"), opsets=(18, 23)),
+    case("pad reflect images", lambda x: (F.pad(x, (2, 3, 1, 0), "reflect"), F.pad(x, (3, 1, 0, 2), "replicate")), f("b", 2, "n", 7), opsets=(18, 23)),
+    case("pad replicate volume", lambda x: F.pad(x, (3, 1, 0, 2, 1, 1), "replicate"), f("b", 2, "n", 7, 3)),
+    case("pad circular", lambda x: (F.pad(x, (2, 3, 1, 0), "circular"), F.pad(x[:, 0], (2, 4), "circular")), f("b", 2, "n", 7), opsets=(20, 23)),
+    case("pad same", lambda x: F.pad(x, ((-x.shape[2]) % 8, 0)), f("b", 3, "n")),
+)
+
+CREATION = (
+    case("triangle", lambda x: (x.triu(), x.tril(), x.triu(1), x.tril(-1), x.triu(-2), x.tril(x.shape[1] - 2), x.triu(diagonal=x.shape[0])), f("b", "t", 7)),
+    case("triangle kinds", lambda x, y, z: (x.triu(1), y.tril(), z.triu(), z.tril(1)), i64("t", 7), flag("t", "t"), i32(7, "t")),
+    case("causal mask", lambda x: (torch.ones(x.shape[1], x.shape[1]).tril(), torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1),
+                                   torch.full((x.shape[1], x.shape[1]), float("-inf")).triu(1)), f("b", "t")),
+    case("meshgrid", lambda x, y: (*torch.meshgrid(x, y, indexing="ij"), *torch.meshgrid(x, y, indexing="xy"), *torch.meshgrid(torch.arange(3.0), y, indexing="ij"),
+                                   *torch.meshgrid(torch.arange(y.shape[0]), torch.arange(5), indexing="xy"), *torch.meshgrid(x, y, x, indexing="xy"),
+                                   *torch.meshgrid(x, y)), f("b"), f("t")),
+    case("ones", lambda x: (torch.ones(x.shape[1], 3) + x[0, :, :1], x.new_ones(x.shape[0], 2), torch.ones_like(x), torch.ones_like(x, dtype=torch.int64),
+                            torch.zeros(x.shape), x.new_zeros(x.shape[1], dtype=torch.bool), torch.zeros_like(x), torch.zeros(2, 3) + x[0, 0, 0],
+                            torch.ones(x.shape[0], dtype=torch.bool)), f(*bt7)),
+    case("full", lambda x: (torch.full((x.shape[0], 2), 7), torch.full((x.shape[1],), 0.5), x.new_full((x.shape[0],), -3), torch.full_like(x, 2.5),
+                            torch.full_like(x, 3, dtype=torch.int32), torch.full((x.shape[0],), x.shape[1]), torch.full((2,), x.shape[1]),
+                            torch.full((x.shape[0], 1), True), torch.full_like(x, float("-inf")), A.scalar_tensor(2.5) + x, A.scalar_tensor(x.shape[0]) + x), f(*bt7)),
+    case("arange", lambda x: (torch.arange(x.shape[1]), torch.arange(1, x.shape[1] + 1), torch.arange(0, 2 * x.shape[1], 2), torch.arange(x.shape[1], 0, -1),
+                              torch.arange(x.shape[1], dtype=torch.float32), torch.arange(x.shape[1] * 1.0), torch.arange(0, x.shape[1], 0.5),
+                              torch.arange(x.shape[1], dtype=torch.int32), torch.arange(0.5, x.shape[0]), torch.arange(3) + x.shape[0],
+                              torch.arange(-x.shape[0], x.shape[1])), f("b", "t")),
+    case("arange fp16", lambda x: (torch.arange(x.shape[1], dtype=x.dtype) * x, torch.arange(x.shape[1]).to(x.dtype) + x), f("b", "t"), precision="fp16"),
+    case("positions", lambda x: ((torch.arange(x.shape[1]) / x.shape[1])[None] + x, torch.arange(x.shape[1]).float() / (x.shape[1] + 1) + x,
+                                 torch.linspace(0, 1, 7)[None] + x[:, :1], x * (x.shape[1] ** 0.5), x * x.shape[1] ** -0.5), f("b", "t")),
+    case("sizes", lambda x: (x * (x.shape[0] + 2 * x.shape[1]), x + max(x.shape[0], 3), x + min(x.shape[1], x.shape[0]), x + (x.shape[1] ** 2 - 1) // 2,
+                             x * ((x.shape[1] + 7) // 8 * 8), x * 1.0 * x.numel()), f("b", "t")),
+)
+
+PRODUCTS = (
+    case("matmul", lambda x, y, v: (x @ y, x @ v, v @ y, torch.matmul(x, y[0]), x[0] @ y[0], torch.mm(x[0], y[0]), torch.bmm(x, y), v @ v, y.mT @ x.mT),
+         f("b", "t", 7), f("b", 7, 5), f(7)),
+    case("matmul ranks", lambda x, y: (x @ y, y.transpose(1, 2) @ x[0, 0] if False else x[:, 0] @ y[0], x[..., :1, :] @ y), f("b", 3, "t", 7), f(3, 7, 63)),
+    case("matmul ints", lambda x, y: (x @ y, torch.bmm(x, y)), i64("b", 3, 7), i64("b", 7, 2)),
+    case("addmm", lambda m, a, b, v: (torch.addmm(m, a, b), torch.addmm(v, a, b, beta=0.5, alpha=2), torch.addmm(m[:, :1], a, b), A.addmm(v, a, b, beta=0)),
+         f("b", 5), f("b", 7), f(7, 5), f(5)),
+    case("baddbmm", lambda m, a, b: (torch.baddbmm(m, a, b), torch.baddbmm(m, a, b, beta=0, alpha=0.5), torch.baddbmm(m[:1, :1], a, b, beta=2, alpha=3)),
+         f("b", "t", 5), f("b", "t", 7), f("b", 7, 5)),
+    case("baddbmm fp16", lambda m, a, b: (torch.baddbmm(m, a, b, alpha=0.3), a @ b), f("b", "t", 5), f("b", "t", 7), f("b", 7, 5), precision="fp16"),
+    case("products", lambda a, b: (torch.mv(a, b), torch.dot(b, b), torch.outer(b, a[:, 0]), A.outer(a[:, 1], b), torch.einsum("i,j->ij", b, b), torch.inner(a, b)), f("t", 7), f(7)),
+    case("outer kinds", lambda a, b: (torch.outer(a, b), torch.outer(b, a)), i64("t"), f(7)),
+    case("linear", Fn(lambda x, y, z, m: (m(x), m(y), m(z)), nn.Linear(7, 5)), f("b", "t", 7), f("b", 7), f(7)),
+    case("linear without bias", Fn(lambda x, y, z, m: (m(x), m(y), m(z)), nn.Linear(7, 5, bias=False)), f("b", "t", 3, 7), f("b", 7), f(7)),
+    case("linear of inputs", lambda x, w, b: (F.linear(x, w, b), F.linear(x, w), F.linear(x[0], w, b), A.linear(x, w, b), F.linear(x, b[:7], None) if False else x + 0),
+         f("b", "t", 7), f(5, 7), f(5)),
+    case("linear of a vector", lambda x, v: (F.linear(x, v), F.linear(x[0], v)), f("b", "t", 7), f(7)),
+    case("linear scaled weight", Fn(lambda x, w, b: F.linear(x, w * 0.5, b * 2), nn.Parameter(torch.ones(5, 7)), nn.Parameter(torch.ones(5))), f("b", 7)),
+    case("linear fp16", Fn(lambda x, m: m(x), nn.Linear(63, 5)), f("b", "t", 63), precision="fp16"),
+    case("einsum", lambda q, k: (torch.einsum("bhid,bhjd->bhij", q, k), torch.einsum("bhid, bhjd -> b h i j", q, k) * 2, torch.einsum("...id,...jd->...ij", q, k) + 1,
+                                 torch.einsum("bhid->bdhi", q), torch.einsum("bhid->bi", q), torch.einsum("bhid,d->bhi", q, k[0, 0, 0]), torch.einsum("bhii->bhi", q[..., :2, :2]),
+                                 torch.einsum("bhid,bhjd", q, k), torch.einsum("ab,cd->abcd", q[0, 0], k[0, 0])), f("b", 2, "n", 7), f("b", 2, 5, 7)),
+    case("einsum of three", lambda a, b, c: (torch.einsum("bi,ij,bj->b", a, b, c), torch.einsum("bi,ij,bj->bij", a, b, c)), f("t", 7), f(7, 3), f("t", 3)),
+    case("einsum ints", lambda a, b: torch.einsum("bi,ij->bj", a, b), i64("b", 7), i64(7, 3)),
+)
+
+
+def image(*shape, precision="fp32"):
+    return f("b", *shape)
+
+
+def conv(kind, *arguments, **options):
+    return seeded(getattr(nn, kind)(*arguments, **options))
+
+
+CONVOLUTIONS = (
+    case("conv1d", Fn(lambda x, *m: tuple(c(x) for c in m), conv("Conv1d", 6, 4, 3), conv("Conv1d", 6, 4, 3, stride=2, padding=1, bias=False),
+                      conv("Conv1d", 6, 6, 5, padding=4, dilation=2, groups=3), conv("Conv1d", 6, 4, 4, padding="same"), conv("Conv1d", 6, 4, 3, padding="same", dilation=2),
+                      conv("Conv1d", 6, 4, 3, padding="valid"), conv("Conv1d", 6, 4, 3, padding=1, padding_mode="circular"), conv("Conv1d", 6, 4, 3, padding=2, padding_mode="reflect")),
+         f("b", 6, "n")),
+    case("conv2d", Fn(lambda x, *m: tuple(c(x) for c in m), conv("Conv2d", 6, 4, 3), conv("Conv2d", 6, 4, (3, 1), stride=(2, 1), padding=(1, 0), bias=False),
+                      conv("Conv2d", 6, 6, 3, padding=2, dilation=2, groups=3), conv("Conv2d", 6, 12, 3, padding=1, groups=6), conv("Conv2d", 6, 4, 1),
+                      conv("Conv2d", 6, 4, (4, 3), padding="same"), conv("Conv2d", 6, 4, (2, 4), padding="same", dilation=(1, 3)), conv("Conv2d", 6, 4, 3, padding="valid"),
+                      conv("Conv2d", 6, 4, 3, padding=1, padding_mode="replicate")),
+         f("b", 6, "n", 9)),
+    case("conv3d", Fn(lambda x, *m: tuple(c(x) for c in m), conv("Conv3d", 4, 2, 3), conv("Conv3d", 4, 2, (1, 2, 3), stride=(1, 2, 1), padding=(0, 1, 2), bias=False),
+                      conv("Conv3d", 4, 4, 2, groups=2, dilation=(1, 2, 1)), conv("Conv3d", 4, 2, (2, 3, 2), padding="same")), f("b", 4, "n", 7, 5)),
+    case("conv one image", Fn(lambda x, y, c2, c1, t2: (c2(x), c1(y), t2(x)), conv("Conv2d", 3, 4, 3), conv("Conv1d", 3, 4, 3), conv("ConvTranspose2d", 3, 4, 3)), f(3, "n", 7), f(3, "n")),
+    case("conv of inputs", lambda x, w: (F.conv2d(x, w, padding=1), F.conv2d(x, w * 2, stride=(1, 2)), F.conv1d(x[:, :, 0], w[:, :, 0])), f("b", 3, "n", 7), f(2, 3, 3, 3)),
+    case("conv transpose", Fn(lambda x, *m: tuple(c(x) for c in m), conv("ConvTranspose2d", 6, 4, 3), conv("ConvTranspose2d", 6, 4, 4, stride=2, padding=1),
+                              conv("ConvTranspose2d", 6, 4, 3, stride=2, padding=1, output_padding=1), conv("ConvTranspose2d", 6, 6, (3, 2), stride=(2, 1), groups=3, bias=False),
+                              conv("ConvTranspose2d", 6, 4, 3, dilation=2)), f("b", 6, "n", 7)),
+    case("conv transpose 1d", Fn(lambda x, *m: tuple(c(x) for c in m), conv("ConvTranspose1d", 6, 4, 3), conv("ConvTranspose1d", 6, 4, 4, stride=2, padding=1),
+                                 conv("ConvTranspose1d", 6, 6, 5, stride=3, padding=1, output_padding=2, groups=2, dilation=2)), f("b", 6, "n")),
+    case("conv transpose 3d", Fn(lambda x, c: c(x), conv("ConvTranspose3d", 4, 2, (1, 2, 3), stride=2, padding=(0, 1, 0))), f("b", 4, "n", 3, 2)),
+    case("conv fp16", Fn(lambda x, *m: tuple(c(x) for c in m), conv("Conv2d", 6, 4, 3, padding=1), conv("ConvTranspose2d", 6, 4, 2, stride=2)), f("b", 6, "n", 7), precision="fp16"),
+    # pool, adaptive_pool
+    case("avg pool", lambda x: (F.avg_pool2d(x, 2), F.avg_pool2d(x, 3, 2, 1), F.avg_pool2d(x, (3, 2), stride=(2, 1), padding=1, count_include_pad=False), F.avg_pool2d(x, (1, 3), (1, 2))), f("b", 3, "n", 9)),
+    case("avg pool ceil", lambda x: (F.avg_pool2d(x, 2, ceil_mode=True), F.avg_pool2d(x, 3, 2, 1, ceil_mode=True), F.avg_pool2d(x, 3, 2, 1, ceil_mode=True, count_include_pad=False),
+                                     F.avg_pool2d(x, 3, 2, 0, ceil_mode=True), F.avg_pool2d(x, 2, 3, 1, ceil_mode=True)), f("b", 3, 8, 9)),
+    case("max pool", lambda x: (F.max_pool2d(x, 2), F.max_pool2d(x, 3, 2, 1), F.max_pool2d(x, (3, 2), stride=(2, 1), padding=1), F.max_pool2d(x, 2, dilation=2)), f("b", 3, "n", 9)),
+    case("max pool ceil", lambda x: (F.max_pool2d(x, 2, ceil_mode=True), F.max_pool2d(x, 3, 2, 1, ceil_mode=True), F.max_pool2d(x, 2, 3, 1, ceil_mode=True)), f("b", 3, 8, 9)),
+    case("pool 1d and 3d", lambda x, y: (F.avg_pool1d(x, 3, 2, 1), F.max_pool1d(x, 3, 2, 1), F.avg_pool3d(y, 2), F.max_pool3d(y, 3, 2, 1)), f("b", 3, 9), f("b", 2, 5, 6, 4)),
+    case("pool one image", lambda x: (F.avg_pool2d(x, 2), F.max_pool2d(x, 2)), f(3, "n", 9)),
+    case("adaptive pool", lambda x: (F.adaptive_avg_pool2d(x, 1), F.adaptive_avg_pool2d(x, (1, 1)), F.adaptive_avg_pool1d(x[:, :, 0], 1)), f("b", 3, "n", 9)),
+    # pixel_shuffle, resize, upsample
+    case("pixel shuffle", lambda x: (F.pixel_shuffle(x, 2), F.pixel_shuffle(x, 1), F.pixel_unshuffle(F.pixel_shuffle(x, 2), 2)), f("b", 8, "n", 5)),
+    case("resize nearest", lambda x: (F.interpolate(x, scale_factor=2), F.interpolate(x, scale_factor=(3, 1)), F.interpolate(x, (5, 63)), F.interpolate(x, (x.shape[2] * 2, x.shape[3] + 1)),
+                                      F.interpolate(x, (1, 1)), F.interpolate(x, scale_factor=0.5), F.interpolate(x, scale_factor=1.5), F.interpolate(x, scale_factor=0.7),
+                                      F.interpolate(x, scale_factor=0.7, recompute_scale_factor=True), F.interpolate(x, (77, 13))), f("b", 3, "n", 9), opsets=(18, 23)),
+    case("resize bilinear", lambda x: (F.interpolate(x, scale_factor=2, mode="bilinear"), F.interpolate(x, (5, 63), mode="bilinear"), F.interpolate(x, (5, 13), mode="bilinear", align_corners=True),
+                                       F.interpolate(x, (1, 1), mode="bilinear"), F.interpolate(x, (1, 4), mode="bilinear", align_corners=True), F.interpolate(x, scale_factor=1.5, mode="bilinear"),
+                                       F.interpolate(x, scale_factor=0.7, mode="bilinear"), F.interpolate(x, (x.shape[2] * 2, x.shape[3] * 2), mode="bilinear", align_corners=True),
+                                       F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=True), F.interpolate(x, scale_factor=1.5, mode="bilinear", align_corners=True)),
+         f("b", 3, "n", 9), opsets=(18, 23)),
+    case("resize bicubic", lambda x: (F.interpolate(x, scale_factor=2, mode="bicubic"), F.interpolate(x, (5, 63), mode="bicubic"), F.interpolate(x, (5, 13), mode="bicubic", align_corners=True),
+                                      F.interpolate(x, (1, 1), mode="bicubic"), F.interpolate(x, scale_factor=1.5, mode="bicubic"), F.interpolate(x, scale_factor=0.7, mode="bicubic"),
+                                      F.interpolate(x, (x.shape[2] * 2, x.shape[3] * 2), mode="bicubic", align_corners=True)), f("b", 3, "n", 9), opsets=(18, 23)),
+    case("upsample aten", lambda x: (A.upsample_nearest2d(x, [5, 13]), A.upsample_bilinear2d(x, [5, 13], False), A.upsample_bilinear2d(x, [5, 13], True), A.upsample_bicubic2d(x, [5, 13], False),
+                                     A.upsample_bicubic2d(x, [5, 13], True), A.upsample_nearest2d.vec(x, [5, 13], None), A.upsample_bilinear2d.vec(x, [5, 13], True, None),
+                                     A.upsample_bicubic2d.vec(x, None, False, [1.5, 2.0]), A.upsample_nearest2d(x, [14, 18], 2.0, 2.0), A.upsample_nearest2d.vec(x, None, [1.5, 2.0])), f("b", 3, 7, 9)),
+    case("resize 1d and 3d", lambda x, y: (F.interpolate(x, scale_factor=2), F.interpolate(y, scale_factor=2), F.interpolate(x, 13, mode="linear"), F.interpolate(y, (3, 4, 5), mode="trilinear")),
+         f("b", 3, "n"), f("b", 2, "n", 3, 5)),
+    case("resize fp16", lambda x: (F.interpolate(x, scale_factor=2), F.interpolate(x, (5, 13), mode="bilinear")), f("b", 3, "n", 9), precision="fp16"),
+)
+
+E4 = lambda *shape: nn.Parameter(torch.rand(*shape))  # noqa: E731
+NORMALIZATION = (
+    case("group norm", Fn(lambda x, y, a, b, c: (a(x), b(x), c(x), F.group_norm(x, 2, c.weight), F.group_norm(x, 3, eps=0.1), a(y), A.group_norm(x, 2, c.weight, c.bias, 1e-3)),
+                          seeded(nn.GroupNorm(3, 6)), nn.GroupNorm(6, 6, affine=False), seeded(nn.GroupNorm(1, 6, eps=1e-2))), f("b", 6, "n", 5), f("b", 6, "n"), opsets=NORMS),
+    case("group norm of vectors", Fn(lambda x, y, m: (m(x), m(y)), seeded(nn.GroupNorm(3, 12))), f("b", 12), f("b", 12, 2, 3, "n"), opsets=NORMS),
+    case("group norm fp16", Fn(lambda x, m: m(x), seeded(nn.GroupNorm(3, 6))), f("b", 6, "n", 5), opsets=NORMS, precision="fp16"),
+    case("layer norm", Fn(lambda x, a, b, c, d: (a(x), b(x), c(x), d(x), F.layer_norm(x, (7,), None, a.bias), F.layer_norm(x, x.shape[1:]), A.layer_norm(x, [7], a.weight, a.bias, 1e-3)),
+                          seeded(nn.LayerNorm(7)), nn.LayerNorm(7, elementwise_affine=False), seeded(nn.LayerNorm((3, 7), eps=0.1)), seeded(nn.LayerNorm(7, bias=False))), f("b", "t", 3, 7), opsets=(18, 23)),
+    case("layer norm fp16", Fn(lambda x, a: a(x), seeded(nn.LayerNorm(63))), f("b", "t", 63), precision="fp16", opsets=(18, 23)),
+    case("rms norm", Fn(lambda x, a, b, c: (a(x), b(x), c(x), F.rms_norm(x, (7,)), F.rms_norm(x, (7,), eps=0.5), F.rms_norm(x * 1e-3, (7,)), F.rms_norm(x, x.shape[1:])), seeded(nn.RMSNorm(7)), seeded(nn.RMSNorm((3, 7), eps=0.1)),
+                        nn.RMSNorm(7, elementwise_affine=False, eps=1e-6)), f("b", "t", 3, 7), opsets=(18, 21, 23)),
+    case("rms norm fp16", Fn(lambda x, a: (a(x), F.rms_norm(x, (63,), eps=1e-6), F.rms_norm(x * 0.01, (63,))), seeded(nn.RMSNorm(63, eps=1e-5))), f("b", "t", 63), precision="fp16", opsets=(18, 23)),
+    case("batch norm", Fn(lambda x, y, a, b, c: (a(x), c(x), b(y)), seeded(nn.BatchNorm2d(6)), seeded(nn.BatchNorm1d(6, eps=0.1)), seeded(nn.BatchNorm2d(6, affine=False))), f("b", 6, "n", 5), f("b", 6)),
+    case("instance norm", Fn(lambda x, a, b: (a(x), b(x)), nn.InstanceNorm2d(6), seeded(nn.InstanceNorm2d(6, affine=True))), f("b", 6, "n", 5), sizes=("traced", "untraced")),
+)
+
+
+def sdpa(q, k, v, mask=None, causal=False, scale=None, gqa=False):
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=gqa)
+
+
+def open_rows(mask):
+    """No row of the mask is closed entirely."""
+    return mask | (torch.arange(mask.shape[-1]) == 0)
+
+
+Q, K = f("b", 4, "t", 8), f("b", 4, 7, 8)
+ATTENTIONS = (
+    case("attention", lambda q, k, v: (sdpa(q, k, v), sdpa(q, k, v, scale=0.3), sdpa(q, k, v[..., :5]), sdpa(q, q, q), sdpa(q, q, q, scale=1.0)), Q, K, K, opsets=NORMS),
+    case("attention causal", lambda q, k: (sdpa(q, q, q, causal=True), sdpa(q, k, k, causal=True), sdpa(k, q, q, causal=True)), Q, K, opsets=ATTENTION),
+    case("attention bool mask", lambda q, k, m: (sdpa(q, k, k, open_rows(m)), sdpa(q, k, k, open_rows(m)[:, :, -1:]), sdpa(q, k, k, open_rows(m)[:, :, -1:].expand(-1, 1, q.shape[2], -1)),
+                                                  sdpa(q, k, k, open_rows(m)[0, 0]), sdpa(q, k, k, open_rows(m)[0])), Q, K, flag("b", 1, "t", 7), opsets=ATTENTION),
+    case("attention float mask", lambda q, k, m: (sdpa(q, k, k, m), sdpa(q, k, k, m[:, :, -1:]), sdpa(q, k, k, m[0]), sdpa(q, k, k, m[0, 0]), sdpa(q, k, k, m.expand(-1, 4, -1, -1)),
+                                                   sdpa(q, k, k, m[..., :1])), Q, K, f("b", 1, "t", 7), opsets=ATTENTION),
+    case("attention key mask", lambda q, m: (sdpa(q, q, q, open_rows(m)[:, None, None, :]), sdpa(q, q, q, torch.where(open_rows(m), 0.0, -1e4)[:, None, None, :]),
+                                              sdpa(q, q, q, torch.where(open_rows(m), 0.0, float("-inf"))[:, None, None, :])), Q, flag("b", "t"), opsets=ATTENTION),
+    case("attention closed rows", lambda q, k, m: sdpa(q, k, k, m), Q, K, flag("b", 1, "t", 1), opsets=ATTENTION),
+    case("attention grouped", lambda q, k, m: (sdpa(q, k, k, gqa=True), sdpa(q, k[:, :1], k[:, :1], gqa=True), sdpa(q, k, k, open_rows(m), gqa=True)), Q, f("b", 2, 7, 8), flag("b", 1, "t", 7), opsets=ATTENTION),
+    case("attention past", lambda q, k: (sdpa(q, torch.cat([k, q], 2), torch.cat([k, q], 2)), sdpa(q, torch.cat([k, q], 2), torch.cat([k, q], 2), torch.ones(q.shape[2], k.shape[2] + q.shape[2], dtype=torch.bool).tril(k.shape[2]))),
+         Q, f("b", 4, "p", 8), opsets=ATTENTION),
+    case("attention three", lambda q, k, m: (sdpa(q, k, k), sdpa(q, k, k, m), sdpa(q, k, k, causal=True), A.scaled_dot_product_attention(q[:, None], k[:, None], k[:, None], scale=0.2)), f("b", "t", 8), f("b", 7, 8), f("t", 7), opsets=ATTENTION),
+    case("attention five", lambda q, k: sdpa(q, k, k), f("b", 2, 3, "t", 8), f("b", 2, 3, 7, 8), opsets=ATTENTION),
+    case("attention fp16", lambda q, k, m: (sdpa(q, k, k), sdpa(q, k, k, open_rows(m)), sdpa(q, q, q, causal=True), sdpa(q, k, k, torch.where(m, 0.0, -1e4).to(q.dtype))), Q, K, flag("b", 1, "t", 7), precision="fp16", opsets=ATTENTION),
+    case("attention packed", Fn(lambda x, a, b, c, d: d(sdpa(*(m(x).unflatten(-1, (4, -1)).transpose(1, 2) for m in (a, b, c))).transpose(1, 2).flatten(2)), *(nn.Linear(8, 8) for _ in range(4))), f("b", "t", 8), opsets=ATTENTION,
+         counts={}),
+    case("attention module", Fn(lambda x, m: m(x, x, x, need_weights=False)[0], nn.MultiheadAttention(8, 2, batch_first=True)), f("b", "t", 8), opsets=(23,)),
+)
+
+
+def written_view(x):
+    y = x + 1
+    y[:, 0] = 5
+    y[..., 1:3] *= 2
+    y.view(-1)[0] = 9
+    return y
+
+
+def written_parts(x):
+    y = x * 2
+    left, right = y.chunk(2, -1)
+    left.add_(1)
+    right.mul_(3)
+    return y, left + right
+
+
+def written_twice(x):
+    y = x + 1
+    z = y.add_(1)
+    w = z.mul_(2)
+    return y, z, w
+
+
+def written_after_a_view(x):
+    y = x + 1
+    z = y.add_(1)
+    flat = z.reshape(-1)
+    y.mul_(2)
+    return flat, y
+
+
+def written_masked(x):
+    y = x.clone()
+    y.masked_fill_(x > 0, 3)
+    y[x < -1] = -7
+    return y
+
+
+def written_buffer(x):
+    y = torch.zeros(x.shape[0], 9, 7)
+    y[:, 1:8] = x[:, :1].expand(-1, 7, -1)
+    y[:, 8] += 2
+    out = torch.empty_like(x)
+    out[..., 0::2] = x[..., 0::2].sin()
+    out[..., 1::2] = x[..., 1::2].cos()
+    return y, out
+
+
+def written_input(x):
+    x.mul_(2)
+    x[:, 0] = 1
+    return x + 1
+
+
+class Stateful(nn.Module):
+    """Counts its calls in a buffer, as nobody's exported model should have to."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("count", torch.zeros(()))
+        self.register_buffer("table", torch.zeros(7), persistent=False)
+
+    def forward(self, x):
+        self.count.add_(0)
+        self.table[0] = 3
+        return x + self.count + self.table
+
+
+IN_PLACE = (
+    case("write into a view", written_view, f("b", "t", 7)),
+    case("write into parts", written_parts, f("b", "t", 6)),
+    case("write twice", written_twice, f("b", 7)),
+    case("write after a view", written_after_a_view, f("b", 7)),
+    case("write where", written_masked, f("b", 7)),
+    case("write into new ones", written_buffer, f("b", "t", 7)),
+    case("write into an input", written_input, f("b", 7)),
+    case("write into a buffer", Stateful(), f("b", 7)),
+    case("in place others", lambda x: ((x + 1).clamp_(0, 1), (x + 1).sigmoid_(), (x + 1).fill_(2), (x * 1).copy_(x[:1]), (x + 1).zero_(), (x + 1).exp_(), (x + 1).neg_().unsqueeze_(0)), f("b", 7)),
+)
+
 
 # --- the tests -------------------------------------------------------------------------------------------------------
 
-CASES = (*ARITHMETIC, *COMPARISON, *UNARY, *KINDS, *REDUCTIONS)
+CASES = (*ARITHMETIC, *COMPARISON, *UNARY, *KINDS, *REDUCTIONS, *SHAPES, *PADS, *CREATION, *PRODUCTS, *CONVOLUTIONS,
+         *NORMALIZATION, *ATTENTIONS, *IN_PLACE)
 
 
 @pytest.fixture(scope="module", autouse=True)

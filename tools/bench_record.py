@@ -47,9 +47,12 @@ class Ratio(NamedTuple):
 EXPORTS = (
     Ratio("ONNX Runtime latency, 1 pinned thread: ours / dynamo", "ours.latency_ms.1", "dynamo.latency_ms.1", "C4"),
     Ratio("ONNX Runtime latency, 2 pinned threads: ours / dynamo", "ours.latency_ms.2", "dynamo.latency_ms.2", "C4"),
+    Ratio("the same in processor time, 1 thread: ours / dynamo", "ours.latency_cpu_ms.1", "dynamo.latency_cpu_ms.1"),
     Ratio("the same, 1 thread: ours / dynamo at our opset", "ours.latency_ms.1", "dynamo-opset23.latency_ms.1"),
     Ratio("the same, 1 thread: ours / optimum-onnx", "ours.latency_ms.1", "optimum.latency_ms.1"),
     Ratio("export wall: ours / dynamo", "ours.export_s", "dynamo.export_s", "C5"),
+    Ratio("export in processor time: ours / dynamo", "ours.cpu_s", "dynamo.cpu_s"),
+    Ratio("export in processor time: ours / optimum-onnx", "ours.cpu_s", "optimum.cpu_s"),
     Ratio("export wall: ours with its digests, check and parity gate / dynamo, which has none", "ours-gated.export_s",
           "dynamo.export_s"),
     Ratio("export wall: ours / TorchScript", "ours.export_s", "torchscript.export_s"),
@@ -79,12 +82,14 @@ COMMAND = (Ratio("`optimize --help` / `python -c pass`", "help.wall_s", "pass.wa
 MEASURES: Mapping[str, str] = {
     "export_s": "seconds from the source folder (ours) or the loaded model (others) to files on disk; imports are done "
                 "before; ours reads the weights inside it, the others' load_s stands apart",
+    "cpu_s": "processor time of the same stretch, all threads: what is left to compare on a machine that was busy",
     "ours-gated": "`optimize.export`: the same with digests of source and artifacts, onnx.checker and the parity gate",
     "again_s": "the same call in a new process, on the same bundle and with the same cache",
     "memory.peak_rss": "VmHWM, reset when the export begins; includes pages of mapped files, also of libraries",
     "memory.peak_over_imports": "peak_rss less VmRSS when the imports were done",
-    "memory.peak_over_loaded": "peak_rss less VmRSS when the model was loaded (ours loads none: as over the imports)",
+    "memory.peak_over_loaded": "peak_rss less VmRSS when the model was loaded and read (ours loads none)",
     "memory.peak_anon_sampled": "RssAnon, sampled every 20 ms: memory that cannot be dropped; may miss short peaks",
+    "latency_cpu_ms": "processor time of the same runs, all threads",
     "latency_ms": "median of each round's runs, by number of pinned threads, at sizes.latency; one session at a time",
     "nodes": "nodes of graph, subgraphs and functions, Constant nodes included; those are also given apart",
 }
@@ -129,19 +134,18 @@ def side_from_rounds(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     if whys:
         return {"state": "failed", "why": whys[0], "parity": worst}
     found: dict[str, Any] = {"state": "measured", "parity": worst, "export_s": figure([r["seconds"] for r in results])}
-    for name in ("load_s", "process_s", "again_s", "again_process_s"):
+    for name in ("cpu_s", "load_s", "process_s", "again_s", "again_process_s"):
         if name in last:
             found[name] = figure([r[name] for r in results])
     found["memory"] = {k: figure([memory_of(r)[k] for r in results]) for k in memory_of(last)}
-    if "latency_ms" in last:
-        found["latency_ms"] = {k: figure([r["latency_ms"][k] for r in results]) for k in last["latency_ms"]}
-    if "steps_s" in last:
-        found["steps_s"] = {k: figure([r["steps_s"][k] for r in results]) for k in last["steps_s"]}
+    for name in ("latency_ms", "latency_cpu_ms", "steps_s"):
+        if name in last:
+            found[name] = {k: figure([r[name][k] for r in results]) for k in last[name]}
     return found | {k: last[k] for k in ("nodes", "constant_nodes", "opset", "files", "file_bytes")}
 
 
 def value_at(record: Mapping[str, Any], path: str) -> Any:
-    """The figure or number at a dotted path, from the sides that were measured or the model; None where there is none."""
+    """The figure or number at a dotted path, from the measured sides or the model; None where there is none."""
     measured = {name: side for name, side in record["sides"].items() if side["state"] == "measured"}
     found: Any = {**measured, "model": record.get("model", {})}
     for part in path.split("."):

@@ -7,8 +7,10 @@ passed, 2 the words or the input are wrong, 3 something is missing.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -76,9 +78,12 @@ def size_in_bytes(text: str) -> int:
     units = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
     number = text.lower().removesuffix("b").rstrip("kmgi")
     try:
-        return int(float(number) * units[text.lower().removesuffix("b")[len(number):]])
-    except (ValueError, KeyError) as e:
+        size = int(float(number) * units[text.lower().removesuffix("b")[len(number):]])
+    except (ValueError, KeyError, OverflowError) as e:
         raise argparse.ArgumentTypeError(f"{text} is no size; 1.5GiB and 800MB are") from e
+    if size < 0:
+        raise argparse.ArgumentTypeError(f"{text} is below zero; 1.5GiB and 800MB are sizes")
+    return size
 
 
 def bundle_words(verb: argparse.ArgumentParser) -> None:
@@ -89,6 +94,7 @@ def bundle_words(verb: argparse.ArgumentParser) -> None:
 
 def verify_words(verb: argparse.ArgumentParser) -> None:
     bundle_words(verb)
+    verb.add_argument("--trust-remote-code", action="store_true", help="run the Python code that the bundle's source is")
     memory_words(verb)
 
 
@@ -150,9 +156,13 @@ def run_verify(args: argparse.Namespace, progress: Progress) -> int:
     from optimize.loading import verify
     from optimize.tools import tables
 
-    results = verify(args.dir, components=args.component, memory=args.memory, progress=progress)
+    results = verify(args.dir, components=args.component, memory=args.memory, trust_remote_code=args.trust_remote_code,
+                     progress=progress)
     tables.show([{"artifact": r.artifact, "state": r.state, "detail": r.detail} for r in results], args.json)
-    return 1 if any(r.state == "failed" for r in results) else 0
+    failed = [r.artifact for r in results if r.state == "failed"]
+    if failed:
+        print(f"optimize: {len(failed)} of {len(results)} artifacts did not pass: {', '.join(failed)}", file=sys.stderr)
+    return 1 if failed else 0
 
 
 def run_inspect(args: argparse.Namespace, progress: Progress) -> int:
@@ -211,24 +221,27 @@ def main(words: Sequence[str] | None = None) -> int:
 
     quiet()
     try:
-        return int(args.run(args, Progress()))
+        code = int(args.run(args, Progress()))
+        sys.stdout.flush()
+        return code
     except OptimizeError as e:
-        if args.debug:
-            raise
-        print(f"optimize: {e}", file=sys.stderr)
-        return e.exit_code
+        text, code = str(e), e.exit_code
     except KeyboardInterrupt:
-        print("optimize: interrupted; what was finished is kept, and the same command goes on from there", file=sys.stderr)
-        return 130
+        text, code = "interrupted; what was finished is kept, and the same command goes on from there", 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as e:  # not one that we saw coming, but the machine's and not ours: a disk, a device, a limit
+        text, code = f"the system refused: {type(e).__name__}: {e}\n  mend: --debug shows where", 3
+        with contextlib.suppress(OSError):  # what stdout still holds cannot be written either, if that is what failed
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except Exception as e:
-        if args.debug:
-            raise
-        print(f"optimize: a bug of ours, or a case that we did not foresee: {type(e).__name__}: {str(e)[:500]}\n"
-              "  mend: run it again with --debug and report the text", file=sys.stderr)
-        return 70
+        text, code = (f"a bug of ours, or a case that we did not foresee: {type(e).__name__}: {str(e)[:500]}\n"
+                      "  mend: run it again with --debug and report the text"), 70
+    if args.debug:
+        traceback.print_exc()
+    print(f"optimize: {text}", file=sys.stderr)
+    return code
 
 
 def exit_with_main() -> Any:

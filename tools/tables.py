@@ -59,7 +59,7 @@ def plan_steps(plan: Plan) -> Sequence[str]:
 
 def bundle_rows(bundle: Bundle) -> list[Row]:
     """One row per graph and engine."""
-    rows = []
+    rows: list[Row] = []
     for a in bundle.artifacts():
         if a.kind not in ("onnx", "engine"):
             continue

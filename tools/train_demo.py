@@ -198,13 +198,13 @@ def fit(
     """
     optimiser = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.99))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, max_lr=rate, total_steps=len(work) + 1, pct_start=0.05)
-    blend = get_ema_multi_avg_fn(1 - 20 / max(20, len(work)))  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    blend = get_ema_multi_avg_fn(1 - 20 / max(20, len(work)))
     average = AveragedModel(model, multi_avg_fn=blend)
     began, losses = time.perf_counter(), []
     for chosen in work:
         loss = loss_of(chosen)
         optimiser.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
         schedule.step()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
@@ -68,28 +70,39 @@ def request_from_words(source: str, out: Path | str, *, components: Sequence[str
                        formats: Sequence[str] = ("onnx",), targets: Sequence[str] = (), axes: Sequence[str] = (), opset: int = 23,
                        allow_pickle: bool = False, trust_remote_code: bool = False, weight_streaming: bool = False,
                        timing_cache: Path | None = None, memory: int | None = None) -> Request:
-    """Checks words that need no model. Raises InputError for unknown precisions, formats, targets and opsets."""
+    """Checks words that need no model. Raises InputError for unknown precisions, formats, targets and opsets, and
+    MissingError for targets that nothing here builds for."""
     from optimize.compile.spec import PRECISIONS
     from optimize.profiles.targets import sm_from_target
 
     choose("precision", precisions, PRECISIONS)
     choose("format", formats, FORMATS)
     if not 18 <= opset <= 25:
-        raise InputError(f"opset {opset} is not served", expected="18 to 25; 23 has the standard Attention and norm nodes")
+        raise InputError(f"opset {opset} is not served", got=opset, expected="18 to 25", mend="--opset 23, the default, has "
+                         "the standard Attention and norm nodes")
     if targets and "tensorrt" not in formats:
         formats = (*formats, "tensorrt")
     if "tensorrt" in formats and not targets:
         targets = ("current",)
     found = tuple(sm_from_target(t) for t in targets)
+    for _, sm in found:
+        flavour_text(sm)  # raises where nothing here builds for it
     trust = (*(["pickle"] if allow_pickle else []), *(["remote code"] if trust_remote_code else []))
-    return Request(source, Path(out), tuple(components), tuple(dict.fromkeys(precisions)), tuple(dict.fromkeys(formats)),
+    return Request(source_text(source), Path(out), tuple(components), tuple(dict.fromkeys(precisions)), tuple(dict.fromkeys(formats)),
                    found, tuple(axes), opset, trust, weight_streaming, timing_cache, memory)
+
+
+def source_text(text: str) -> str:
+    """A local folder by its absolute path, so that its bundle can be verified from anywhere; other words as they are."""
+    from optimize.compile.sources import is_local
+
+    return str(Path(text).resolve()) if is_local(text) else text
 
 
 def choose(what: str, words: Iterable[str], known: Iterable[str]) -> None:
     for word in words:
         if word not in known:
-            raise InputError(f"unknown {what} {word}", expected="one of " + ", ".join(known))
+            raise InputError(f"unknown {what} {word}", expected="one of " + ", ".join(known), mend=f"--{what} takes these words")
 
 
 # --- planning --------------------------------------------------------------------------------------------------------
@@ -100,10 +113,15 @@ def components_for(request: Request) -> tuple[Component, ...]:
     from optimize.compile.sources import Trust, source_from_text
     from optimize.compile.spec import axis_from_text
 
-    source = source_from_text(request.source, Trust("pickle" in request.trust, "remote code" in request.trust))
+    trust = Trust("pickle" in request.trust, "remote code" in request.trust)
+    source = source_from_text(request.source, trust, request.components)
     known = {c.name: c for c in source.components}
     choose("component", request.components, known)
     chosen = [known[name] for name in request.components] or list(source.components)
+    names = [text.partition("=")[0] for text in request.axes]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise InputError(f"axis {twice[0]} is given more than once", got=", ".join(request.axes), expected="one size or range",
+                         mend=f"--axis {twice[0]}=MIN:OPT:MAX covers several sizes")
     for text in request.axes:
         takers = [c for c in chosen if text.partition("=")[0] in c.axes]
         everywhere = {name: axis for c in chosen for name, axis in c.axes.items()}
@@ -115,9 +133,9 @@ def components_for(request: Request) -> tuple[Component, ...]:
     return tuple(chosen)
 
 
-def plan_from_request(request: Request, bundle: Bundle | None) -> Plan:
+def plan_from_request(request: Request, components: tuple[Component, ...], bundle: Bundle | None) -> Plan:
     """What there is to do, and for each step whether the bundle has it already."""
-    plan = Plan(request, components_for(request))
+    plan = Plan(request, components)
     for component in plan.components:
         for precision in request.precisions:
             key = key_of(component, precision, request)
@@ -141,8 +159,8 @@ def step_for(bundle: Bundle | None, id_: str, component: Component, precision: s
     changed = sorted(k for k in {*key, *old.key} if key.get(k) != old.key.get(k))
     if changed:
         return Step(id_, component, precision, key, "changed: " + ", ".join(changed), False, target)
-    family = [bundle.manifest.artifacts.get(i) for i in (*old.parents, id_)]
-    broken = [i for i, a in zip((*old.parents, id_), family, strict=True) if a is None or not bundle.whole(a)]
+    family = (*old.parents, id_, *(a.id for a in bundle.artifacts(kind="view") if id_ in a.parents))
+    broken = [i for i in family if i not in bundle.manifest.artifacts or not bundle.whole(bundle.manifest.artifacts[i])]
     if broken:
         return Step(id_, component, precision, key, "file missing or changed: " + ", ".join(broken), False, target)
     return Step(id_, component, precision, key, "unchanged", True, target)
@@ -199,7 +217,7 @@ def versions() -> dict[str, str]:
 def run_plan(plan: Plan, bundle: Bundle, progress: Progress) -> Bundle:
     """Makes what the plan says is missing. Every artifact is proved before the manifest claims it."""
     for step in plan.steps:
-        if step.hit:
+        if step.hit and step.artifact in bundle.manifest.artifacts:  # what was made of something made anew is gone
             continue
         if step.target is None:
             make_onnx(step, plan.request, bundle, progress)
@@ -231,7 +249,7 @@ def make_onnx(step: Step, request: Request, bundle: Bundle, progress: Progress) 
         weights_path = folder / (shared.path.rpartition("/")[2] if shared else f"{stem}.safetensors")
         with clock("write"):
             if shared:
-                weights_path.hardlink_to(bundle.path(shared))
+                shutil.copyfile(bundle.path(shared), weights_path)  # onnx.checker takes no links
             else:
                 external.write_weights(model, weights_path, {"optimize": json.dumps(step.key["weights"])}, progress.part)
             external.inline_small(model)
@@ -242,7 +260,7 @@ def make_onnx(step: Step, request: Request, bundle: Bundle, progress: Progress) 
         del model
         with clock("check"):
             onnx.checker.check_model(str(graph_path), full_check=True)
-        with clock("parity"):
+        with clock("parity"), memory_errors(component.name):
             how = plan_for(component, request.memory)
             parity = parity_of_onnx(graph_path, component, precision, how, progress.say)
         if not parity.passed:
@@ -252,7 +270,8 @@ def make_onnx(step: Step, request: Request, bundle: Bundle, progress: Progress) 
 
 def metadata_of(step: Step, request: Request) -> dict[str, str]:
     """What the graph itself says of how it was made."""
-    return {"optimize.source": request.source, "optimize.component": step.component.name,
+    source = Path(request.source).name if Path(request.source).is_absolute() else request.source
+    return {"optimize.source": source, "optimize.component": step.component.name,
             "optimize.class": step.component.class_name, "optimize.precision": step.precision,
             **{f"optimize.{k.replace(' ', '_')}": v for k, v in step.key.items() if k.startswith("version") or k == "weights"},
             "optimize.axes": json.dumps({n: str(a) for n, a in step.component.axes.items()})}
@@ -286,7 +305,7 @@ def adopt(step: Step, request: Request, bundle: Bundle, folder: Path, nodes: int
     kinds = {".safetensors": ("weights", weights_id, []), ".view.onnx": ("view", f"{step.artifact}/view", [step.artifact]),
              ".onnx": ("onnx", step.artifact, [weights_id])}
     made = []
-    for file in sorted(folder.iterdir()):
+    for file in sorted(folder.iterdir(), key=lambda f: (f.suffix != ".safetensors", f.name)):
         kind, id_, parents = next(v for end, v in kinds.items() if file.name.endswith(end))
         if kind == "weights" and shared:
             continue
@@ -300,10 +319,21 @@ def adopt(step: Step, request: Request, bundle: Bundle, folder: Path, nodes: int
     bundle.record(*made, component=step.component)
 
 
+@contextlib.contextmanager
+def memory_errors(what: str) -> Iterator[None]:
+    """Turns an allocation that failed into a MissingError; torch has only a RuntimeError with words for it."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as e:
+        if isinstance(e, RuntimeError) and "can't allocate memory" not in str(e) and "Invalid buffer size" not in str(e):
+            raise
+        raise MissingError(f"not enough memory to prove {what}", got=str(e).strip().splitlines()[0][-300:] if str(e) else "",
+                           expected="room for its largest tensors at the sizes of its axes",
+                           mend="smaller sizes (--axis NAME=MIN:OPT:MAX), or a machine with more memory") from e
+
+
 def need_disk(root: Path, component: Component, precision: str) -> None:
     """Raises MissingError before the work where the weights cannot fit on the disk."""
-    import shutil
-
     module = component.build()
     need = sum(p.numel() for p in module.parameters()) * (4 if precision == "fp32" else 2)
     free = shutil.disk_usage(root).free
@@ -361,13 +391,12 @@ def export(source: str, out: Path | str, *, dry_run: bool = False, progress: Pro
     Raises:
         InputError: the words or the source are wrong. GateError: parity was missed. MissingError: a package or space.
     """
-    from optimize.compile.bundle import MANIFEST, Bundle
+    from optimize.compile.bundle import Bundle
 
     request = request_from_words(source, out, **words)
+    there = Bundle.look(request.out, request.source)
+    components = components_for(request)  # the words are checked against the source before anything is written
     if dry_run:
-        there = (request.out / MANIFEST).exists()
-        return plan_from_request(request, Bundle.read(request.out) if there else None)
-    components_for(request)  # the words are checked against the source before anything is written
-    bundle = Bundle.create(request.out, source, list(request.trust))
-    plan = plan_from_request(request, bundle)
-    return run_plan(plan, bundle, progress or Progress(enabled=False))
+        return plan_from_request(request, components, there)
+    with Bundle.create(request.out, request.source, list(request.trust)) as bundle:
+        return run_plan(plan_from_request(request, components, bundle), bundle, progress or Progress(enabled=False))

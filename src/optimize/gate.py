@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import shutil
-import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +13,7 @@ import torch
 
 from optimize.compile.records import Parity
 from optimize.compile.spec import Component
-from optimize.errors import GateError
+from optimize.errors import GateError, OptimizeError
 
 SEGMENT_BYTES = 192 << 20
 
@@ -28,8 +28,6 @@ class Plan:
 
 def plan_for(component: Component, memory: int | None = None) -> Plan:
     """Whole where twice the fp32 weights fit into half of the memory that is free now (or `memory`, in bytes)."""
-    with torch.device("meta"):
-        pass
     module = component.build()
     weights = 4 * sum(p.numel() for p in module.parameters())
     free = available_bytes() if memory is None else memory
@@ -37,14 +35,10 @@ def plan_for(component: Component, memory: int | None = None) -> Plan:
 
 
 def available_bytes() -> int:
-    """Memory that is free now, on Linux; elsewhere all that there is."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return 1024 * int(next(line.split()[1] for line in lines if line.startswith("MemAvailable")))
-    except (OSError, StopIteration):
-        import psutil
+    """Memory that is free now, in bytes."""
+    import psutil
 
-        return int(psutil.virtual_memory().available)
+    return int(psutil.virtual_memory().available)
 
 
 def parity_of_onnx(path: Path, component: Component, precision: str, plan: Plan, say: Callable[[str], None]) -> Parity:
@@ -53,6 +47,11 @@ def parity_of_onnx(path: Path, component: Component, precision: str, plan: Plan,
     from optimize.profiles import parity, segments
 
     known = parity.references(component, precision, streamed=plan.streamed, say=say)
+    for reference in known:
+        if not_a_number := [name for name, tensor in reference.exact.items() if tensor.isnan().any()]:
+            raise GateError(f"{component.name}: eager fp32 itself gives values that are no numbers: nothing can be proved",
+                            got=f"NaN in {', '.join(not_a_number)} at {dict(reference.sizes)}", expected="numbers",
+                            mend="look for NaN in the weights: they may be damaged, or have overflowed in training")
     feeds = [dict(r.feeds) for r in known]
     emulate = precision == "bf16"
     notes = []
@@ -60,17 +59,33 @@ def parity_of_onnx(path: Path, component: Component, precision: str, plan: Plan,
         feeds = [{k: t.float() if t.dtype == torch.bfloat16 else t for k, t in f.items()} for f in feeds]
         notes.append("bf16 emulated: ONNX Runtime's CPU provider has no bf16 kernels; every node is computed in fp32 and rounded")
     say("ONNX Runtime")
-    if plan.streamed or emulate:
-        import onnx_ir as ir
+    with refusals(path):
+        if plan.streamed or emulate:
+            import onnx_ir as ir
 
-        cut = segments.segments_of(ir.load(path), plan.segment_bytes if plan.streamed else 1 << 62)
-        outputs = segments.run_segments(path, cut, list(feeds), emulate=emulate)
-        how = f"{len(cut)} segments" if len(cut) > 1 else "whole"
-    else:
-        with OnnxRuntimeRunner(path) as runner:
-            outputs = [runner.infer(f) for f in feeds]
-        how = "whole"
+            cut = segments.segments_of(ir.load(path), plan.segment_bytes if plan.streamed else 1 << 62)
+            outputs = segments.run_segments(path, cut, list(feeds), emulate=emulate)
+            how = f"{len(cut)} segments" if len(cut) > 1 else "whole"
+        else:
+            with OnnxRuntimeRunner(path) as runner:
+                outputs = [runner.infer(f) for f in feeds]
+            how = "whole"
     return parity.parity_of(outputs, component, precision, known, backend="onnxruntime CPU", how=how, notes=notes)
+
+
+@contextlib.contextmanager
+def refusals(path: Path) -> Iterator[None]:
+    """A graph that the checker or ONNX Runtime refuses has not passed the gate."""
+    try:
+        yield
+    except (OptimizeError, MemoryError):
+        raise
+    except Exception as e:
+        module = type(e).__module__
+        if not module.startswith("onnx"):
+            raise
+        raise GateError(f"{path.name} is refused by {module.partition('.')[0]}", got=" ".join(str(e).split())[:400],
+                        expected="a graph that loads and runs", mend="export again; if it stays, report the text") from e
 
 
 def miss(path: Path, component: Component, precision: str, result: Parity, kept: Path, say: Callable[[str], None]) -> GateError:
@@ -99,7 +114,3 @@ def miss(path: Path, component: Component, precision: str, result: Parity, kept:
         mend=f"first node that departs: {bisect.first_departure(moved, component, precision, dict(shape.sizes))}\n"
              f"  reproduce: {command}",
     )
-
-
-def scratch() -> tempfile.TemporaryDirectory[str]:
-    return tempfile.TemporaryDirectory(prefix="optimize-")

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from optimize.compile.bundle import Bundle
     from optimize.compile.records import Artifact, ComponentRecord
     from optimize.compile.runners import Runner
-    from optimize.compile.spec import Component
+    from optimize.compile.spec import Axis, Component
 
 BACKENDS = ("onnxruntime", "eager")
 
@@ -25,6 +25,7 @@ class LoadedComponent:
 
     bundle: Bundle
     record: ComponentRecord
+    trust_remote_code: bool = False
 
     def artifacts(self, kind: str | None = None) -> list[Artifact]:
         return self.bundle.artifacts(self.record.name, kind)
@@ -42,7 +43,8 @@ class LoadedComponent:
             raise InputError(f"unknown backend {backend}", expected="one of " + ", ".join(BACKENDS))
         artifact = self.onnx(precision)
         if backend == "eager":
-            return EagerRunner(component_of(self.bundle, self.record.name), str(artifact.spec["precision"]))
+            source = component_of(self.bundle, self.record.name, self.trust_remote_code)
+            return EagerRunner(source, str(artifact.spec["precision"]))
         if artifact.spec["precision"] == "bf16":
             raise MissingError("ONNX Runtime's CPU provider has no bf16 kernels", mend="use fp32 or fp16, or an engine on a GPU")
         for parent in artifact.parents:
@@ -63,11 +65,11 @@ class LoadedComponent:
 class LoadedBundle(Mapping[str, LoadedComponent]):
     """A bundle as a mapping from component names: `optimize.load(DIR)["unet"].runner("onnxruntime")`."""
 
-    def __init__(self, bundle: Bundle) -> None:
-        self.bundle = bundle
+    def __init__(self, bundle: Bundle, trust_remote_code: bool = False) -> None:
+        self.bundle, self.trust_remote_code = bundle, trust_remote_code
 
     def __getitem__(self, name: str) -> LoadedComponent:
-        return LoadedComponent(self.bundle, self.bundle.component(name))
+        return LoadedComponent(self.bundle, self.bundle.component(name), self.trust_remote_code)
 
     def __iter__(self) -> Any:
         return iter(self.bundle.manifest.components)
@@ -76,26 +78,52 @@ class LoadedBundle(Mapping[str, LoadedComponent]):
         return len(self.bundle.manifest.components)
 
 
-def load(folder: Path | str) -> LoadedBundle:
-    """Opens a bundle for use. Raises InputError for a folder that is none."""
+def load(folder: Path | str, *, trust_remote_code: bool = False) -> LoadedBundle:
+    """Opens a bundle for use. Raises InputError for a folder that is none.
+
+    `trust_remote_code` allows the `eager` runner of a bundle whose source is Python code (see `component_of`).
+    """
     from optimize.compile.bundle import Bundle
 
-    return LoadedBundle(Bundle.read(Path(folder)))
+    return LoadedBundle(Bundle.read(Path(folder)), trust_remote_code)
 
 
-def component_of(bundle: Bundle, name: str) -> Component:
-    """The component from the bundle's own source, with the axes that it was exported with."""
+def component_of(bundle: Bundle, name: str, trust_remote_code: bool = False) -> Component:
+    """The component from the bundle's own source, with the axes that it was exported with.
+
+    A manifest can name Python code as its source. Whoever made the bundle trusted that code; whoever opens it may be
+    somebody else, and says so again.
+    """
     from optimize.compile.sources import Trust, source_from_text
-    from optimize.compile.spec import Axis
 
-    trust = bundle.manifest.trust
-    source = source_from_text(bundle.manifest.source, Trust("pickle" in trust, "remote code" in trust))
-    record = bundle.component(name)
+    manifest = bundle.manifest
+    if (manifest.source.startswith("python:") or "remote code" in manifest.trust) and not trust_remote_code:
+        raise InputError(f"the source of {bundle.root} is Python code, which would run", got=manifest.source,
+                         expected="your word that you trust it",
+                         mend="read that code, then --trust-remote-code (trust_remote_code=True)")
+    source = source_from_text(manifest.source, Trust("pickle" in manifest.trust, trust_remote_code), (name,))
     found = next((c for c in source.components if c.name == name), None)
     if found is None:
-        raise InputError(f"the source {bundle.manifest.source} has no component {name} any more")
-    axes = {n: Axis(n, a.min, a.opt, a.max, a.step) for n, a in record.axes.items()}
-    return found.with_axes(axes)
+        raise InputError(f"the source {manifest.source} has no component {name} any more",
+                         got=", ".join(c.name for c in source.components), expected=name, mend="export again")
+    return found.with_axes(axes_of(bundle, name))
+
+
+def axes_of(bundle: Bundle, name: str) -> dict[str, Axis]:
+    from optimize.compile.spec import Axis
+
+    return {n: Axis(n, a.min, a.opt, a.max, a.step) for n, a in bundle.component(name).axes.items()}
+
+
+def recorded_component(bundle: Bundle, name: str) -> Component:
+    """The component as the manifest describes it, without its source: enough to build engines, not to run eager."""
+    from optimize.compile.spec import Component, TensorSpec
+    from optimize.compile.weights import RandomWeights
+
+    record = bundle.component(name)
+    inputs = tuple(TensorSpec(t.name, tuple(t.shape), t.dtype, t.fill) for t in record.inputs)
+    return Component(record.name, record.role, record.class_name, axes_of(bundle, name), inputs, tuple(record.outputs),
+                     lambda: None, RandomWeights(), {})
 
 
 @dataclass(frozen=True)
@@ -108,10 +136,10 @@ class Verification:
 
 
 def verify(folder: Path | str, *, components: Sequence[str] = (), memory: int | None = None,
-           progress: Progress | None = None) -> list[Verification]:
+           trust_remote_code: bool = False, progress: Progress | None = None) -> list[Verification]:
     """Every artifact's digest, read anew, and every ONNX artifact's parity against its source, measured again.
 
-    Raises InputError for a broken bundle; failures of single artifacts are in the result, not raised.
+    Raises InputError for a broken or empty bundle; failures of single artifacts are in the result, not raised.
     """
     from optimize.compile.bundle import Bundle
 
@@ -120,22 +148,29 @@ def verify(folder: Path | str, *, components: Sequence[str] = (), memory: int | 
     for name in components:
         bundle.component(name)
     chosen = [a for a in bundle.artifacts() if not components or a.component in components]
+    if not chosen:
+        raise InputError(f"{folder} has no artifact to verify", got="a bundle that claims nothing",
+                         expected="one that an export has finished", mend="run the `optimize export` again")
+    sources: dict[str, Component] = {}
     results = []
     for artifact in chosen:
+        if artifact.kind == "onnx" and artifact.component not in sources:
+            sources[artifact.component] = component_of(bundle, artifact.component, trust_remote_code)
         with shown.step(f"verify {artifact.id}"):
-            results.append(verify_artifact(bundle, artifact, memory, shown))
+            results.append(verify_artifact(bundle, artifact, sources.get(artifact.component), memory, shown))
     return results
 
 
-def verify_artifact(bundle: Bundle, artifact: Artifact, memory: int | None, progress: Progress) -> Verification:
+def verify_artifact(bundle: Bundle, artifact: Artifact, source: Component | None, memory: int | None,
+                    progress: Progress) -> Verification:
     try:
         for parent in artifact.parents:
             if parent not in bundle.manifest.artifacts:
                 raise GateError(f"{artifact.id} was made of {parent}, which the bundle does not have")
             bundle.check(bundle.manifest.artifacts[parent])
         bundle.check(artifact, fresh=True)
-        if artifact.kind == "onnx":
-            return verify_onnx(bundle, artifact, memory, progress)
+        if artifact.kind == "onnx" and source is not None:
+            return verify_onnx(bundle, artifact, source, memory, progress)
     except GateError as e:
         return Verification(artifact.id, "failed", str(e))
     if artifact.kind == "engine":
@@ -143,20 +178,23 @@ def verify_artifact(bundle: Bundle, artifact: Artifact, memory: int | None, prog
     return Verification(artifact.id, "passed", "digest")
 
 
-def verify_onnx(bundle: Bundle, artifact: Artifact, memory: int | None, progress: Progress) -> Verification:
+def verify_onnx(bundle: Bundle, artifact: Artifact, component: Component, memory: int | None,
+                progress: Progress) -> Verification:
     import onnx
 
-    from optimize.gate import parity_of_onnx, plan_for
+    from optimize.exporting import memory_errors
+    from optimize.gate import parity_of_onnx, plan_for, refusals
     from optimize.profiles import parity
 
-    component = component_of(bundle, artifact.component)
     precision = str(artifact.spec["precision"])
-    if component.weights.digest() != artifact.key["weights"]:
+    if component.weights.digest() != artifact.key.get("weights"):
         raise GateError(f"the source's weights are not those that {artifact.id} was made of", got=component.weights.digest(),
-                        expected=artifact.key["weights"], mend="export again")
+                        expected=artifact.key.get("weights"), mend="export again")
     path = bundle.path(artifact)
-    onnx.checker.check_model(str(path), full_check=True)
-    result = parity_of_onnx(path, component, precision, plan_for(component, memory), progress.say)
+    with refusals(path):
+        onnx.checker.check_model(str(path), full_check=True)
+    with memory_errors(component.name):
+        result = parity_of_onnx(path, component, precision, plan_for(component, memory), progress.say)
     if not result.passed:
         shape, output = parity.worst_miss(result, precision)
         return Verification(artifact.id, "failed", f"parity: {output.name} at the {shape.name} sizes is off by "
@@ -171,23 +209,27 @@ def build(folder: Path | str, *, targets: Sequence[str], components: Sequence[st
     Raises InputError for unknown targets and components, MissingError where no TensorRT serves a target.
     """
     from optimize.compile.bundle import Bundle
-    from optimize.exporting import Step, choose, flavour_text, make_engine, request_from_words, step_for
+    from optimize.exporting import choose, flavour_text, make_engine, request_from_words, step_for
 
     old = Bundle.read(Path(folder))
-    bundle = Bundle.create(Path(folder), old.manifest.source, old.manifest.trust)
-    choose("component", components, bundle.manifest.components)
-    request = request_from_words(bundle.manifest.source, folder, formats=("tensorrt",), targets=targets,
+    choose("component", components, old.manifest.components)
+    choose("precision", precisions, {str(a.spec["precision"]): a for a in old.artifacts(kind="onnx")})
+    request = request_from_words(old.manifest.source, folder, formats=("tensorrt",), targets=targets,
                                  weight_streaming=weight_streaming, timing_cache=timing_cache)
     shown = progress or Progress(enabled=False)
-    chosen = [a for a in bundle.artifacts(kind="onnx") if (not components or a.component in components)
-              and (not precisions or a.spec["precision"] in precisions)]
-    if not chosen:
-        raise InputError("the bundle has no ONNX artifact to build from", mend="optimize export first")
-    for artifact in chosen:
-        for target in request.targets:
-            precision = str(artifact.spec["precision"])
-            key = {**artifact.key, "sm": str(target[1]), "weight streaming": str(weight_streaming), "tensorrt": flavour_text(target[1])}
-            step: Step = step_for(bundle, f"{artifact.id}/sm{target[1]}", component_of(bundle, artifact.component), precision, key, target)
-            if not step.hit:
-                make_engine(step, request, bundle, shown, artifact)
-    return bundle
+    with Bundle.create(Path(folder), old.manifest.source, []) as bundle:
+        chosen = [a for a in bundle.artifacts(kind="onnx") if (not components or a.component in components)
+                  and (not precisions or a.spec["precision"] in precisions)]
+        if not chosen:
+            raise InputError("the bundle has no ONNX artifact to build from", got=f"{len(bundle.artifacts())} artifacts",
+                             expected="one that `optimize export` proved", mend="optimize export first")
+        for artifact in chosen:
+            component = recorded_component(bundle, artifact.component)
+            for target in request.targets:
+                key = {**artifact.key, "sm": str(target[1]), "weight streaming": str(weight_streaming),
+                       "tensorrt": flavour_text(target[1])}
+                precision = str(artifact.spec["precision"])
+                step = step_for(bundle, f"{artifact.id}/sm{target[1]}", component, precision, key, target)
+                if not step.hit:
+                    make_engine(step, request, bundle, shown, artifact)
+        return bundle
