@@ -28,8 +28,8 @@ def operand(g: Builder, x: Tensor | float | bool | sympy.Expr, dtype: torch.dtyp
     if isinstance(x, Tensor):
         return g.cast(x, dtype).value
     if isinstance(x, sympy.Expr) and not x.is_number:
-        value = g.size_scalar(x) if x.is_integer else g.op("Squeeze", g.fraction(x), g.ints(0), out=Out((), torch.float32))
         known = torch.int64 if x.is_integer else torch.float32
+        value = g.size_scalar(x) if x.is_integer else g.op("Squeeze", g.fraction(x), g.ints(0), out=Out((), known))
         return value if dtype == known else g.op("Cast", value, to=int(TYPES[dtype]), out=Out((), dtype))
     return g.scalar(float(x) if dtype in FLOATS else int(x) if dtype != torch.bool else bool(x), dtype)
 
@@ -116,9 +116,20 @@ def same(g: Builder, out: Out, x: Any, *_: Any, **__: Any) -> Any:
     return x
 
 
+def dropout(g: Builder, out: Out, x: Tensor, p: float, train: bool) -> Any:
+    if train and p:
+        raise Untranslated({"dropout in training (random numbers)"})
+    return x
+
+
+def tensor(g: Builder, result: Any, out: Out) -> Tensor:
+    """What an emitter gave, as an operand for another."""
+    return result if isinstance(result, Tensor) else Tensor(g, out.shape, out.dtype, emitted=result)
+
+
 def reshaped(g: Builder, x: Tensor, shape: Sequence[Size]) -> Tensor:
-    shape = tuple(shape)
-    return x if shape == x.shape else Tensor(g, shape, x.dtype, emitted=g.reshape(x.value, x.shape, Out(shape, x.dtype)))
+    out = Out(tuple(shape), x.dtype)
+    return x if out.shape == x.shape else tensor(g, g.reshape(x.value, x.shape, out), out)
 
 
 def one_image(emitter: Emitter, spatial: int) -> Emitter:
@@ -127,7 +138,8 @@ def one_image(emitter: Emitter, spatial: int) -> Emitter:
     def emit(g: Builder, out: Out, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         if x.rank > spatial + 1:
             return emitter(g, out, x, *args, **kwargs)
-        alone = Tensor(g, (1, *x.shape), x.dtype, emitted=g.op("Unsqueeze", x.value, g.ints(0), out=Out((1, *x.shape), x.dtype)))
+        grown = Out((1, *x.shape), x.dtype)
+        alone = tensor(g, g.op("Unsqueeze", x.value, g.ints(0), out=grown), grown)
         return g.op("Squeeze", emitter(g, Out((1, *out.shape), out.dtype), alone, *args, **kwargs), g.ints(0), out=out)
 
     return emit
@@ -167,7 +179,8 @@ def remainder(g: Builder, out: Out, a: Any, b: Any) -> Any:
     if out.dtype not in FLOATS:
         return g.op("Mod", left, right, out=out)
     rest = g.op("Mod", left, right, fmod=1, out=out)
-    wrong = g.op("Less", g.op("Mul", rest, g.op("Sign", right), out=out), g.scalar(0, out.dtype), out=Out(out.shape, torch.bool))
+    sign = g.op("Mul", rest, g.op("Sign", right), out=out)
+    wrong = g.op("Less", sign, g.scalar(0, out.dtype), out=Out(out.shape, torch.bool))
     return g.op("Where", wrong, g.op("Add", rest, right, out=out), rest, out=out)
 
 
@@ -201,7 +214,8 @@ def clamp_between(g: Builder, out: Out, x: Tensor, low: Tensor | None = None, hi
 
 
 def where(g: Builder, out: Out, condition: Tensor, a: Any, b: Any) -> Any:
-    return g.op("Where", g.cast(condition, torch.bool).value, operand(g, a, out.dtype), operand(g, b, out.dtype), out=out)
+    chosen = g.cast(condition, torch.bool).value
+    return g.op("Where", chosen, operand(g, a, out.dtype), operand(g, b, out.dtype), out=out)
 
 
 def hardtanh(g: Builder, out: Out, x: Tensor, low: Any = -1.0, high: Any = 1.0) -> Any:
@@ -269,9 +283,11 @@ def cumsum(g: Builder, out: Out, x: Tensor, dim: int, **_: Any) -> Any:
     return g.op("CumSum", g.cast(x, out.dtype).value, g.scalar(axis_of(dim, x.rank), torch.int64), out=out)
 
 
-def vector_norm(g: Builder, out: Out, x: Tensor, ord: float = 2, dim: Any = None, keepdim: bool = False, **_: Any) -> Any:
+def vector_norm(g: Builder, out: Out, x: Tensor, ord: float = 2, dim: Any = None, keepdim: bool = False,
+                **_: Any) -> Any:
     if ord == math.inf:
-        sizes = Tensor(g, x.shape, out.dtype, emitted=g.op("Abs", g.cast(x, out.dtype).value, out=Out(x.shape, out.dtype)))
+        whole = Out(x.shape, out.dtype)
+        sizes = tensor(g, g.op("Abs", g.cast(x, out.dtype).value, out=whole), whole)
         return reduce("ReduceMax")(g, out, sizes, dim, keepdim)
     if ord not in (1, 2):
         raise Untranslated({f"linalg_vector_norm of order {ord}"})
@@ -290,7 +306,8 @@ def variance(root: bool) -> Emitter:
         apart = g.op("Sub", x.value, g.op("ReduceMean", x.value, g.ints(*dims), keepdims=1), out=Out(x.shape, x.dtype))
         total = g.op("ReduceSum", g.op("Mul", apart, apart), g.ints(*dims), keepdims=int(keepdim), out=out)
         count = operand(g, sympy.prod([x.shape[d] for d in dims]) - less, out.dtype)
-        return (g.op("Sqrt", g.op("Div", total, count, out=out), out=out) if root else g.op("Div", total, count, out=out))
+        value = g.op("Div", total, count, out=out)
+        return g.op("Sqrt", value, out=out) if root else value
 
     return emit
 
@@ -389,21 +406,23 @@ def gather(g: Builder, out: Out, x: Tensor, dim: int, index: Tensor, **_: Any) -
 
 
 def index(g: Builder, out: Out, x: Tensor, indices: Sequence[Tensor | None]) -> Any:
-    """Integer indexing: one index is a Gather, several are a GatherND of them broadcast together, on dimensions that lead."""
+    """Integer indexing: one index is a Gather, several are a GatherND of them broadcast together.
+
+    Indices on neighbours stay in their place in the result, others come to the front (NumPy's advanced indexing).
+    """
     given = [(i, t) for i, t in enumerate(indices) if t is not None]
     if any(t.dtype == torch.bool for _, t in given):
         raise Untranslated({"index with a boolean mask (its result's size depends on data)"})
     if len(given) == 1:
         return g.op("Gather", x.value, given[0][1].value, axis=given[0][0], out=out)
     dims = [i for i, _ in given]
-    together = dims == list(range(dims[0], dims[0] + len(dims)))  # the result then has them in their place, else in front
+    together = dims == list(range(dims[0], dims[0] + len(dims)))
     lead, width = dims[0] if together else 0, len(out.shape) - (x.rank - len(given))
     shape = out.shape[lead : lead + width]
     columns = []
     for _, t in given:
-        wide = expand(g, Out(shape, torch.int64), g.cast(t, torch.int64))
-        wide = wide.value if isinstance(wide, Tensor) else wide
-        columns.append(g.op("Unsqueeze", wide, g.ints(-1)))
+        full = Out(shape, torch.int64)
+        columns.append(g.op("Unsqueeze", tensor(g, expand(g, full, g.cast(t, torch.int64)), full).value, g.ints(-1)))
     if dims == list(range(len(dims))):
         return g.op("GatherND", x.value, g.op("Concat", *columns, axis=-1), out=out)
     turned = g.op("Transpose", x.value, perm=[*dims, *(i for i in range(x.rank) if i not in dims)])
@@ -416,7 +435,8 @@ def embedding(g: Builder, out: Out, weight: Tensor, ids: Tensor, *_: Any, **__: 
     return g.op("Gather", weight.value, ids.value, axis=0, out=out)
 
 
-def index_put(g: Builder, out: Out, x: Tensor, indices: Sequence[Tensor | None], values: Tensor, accumulate: bool = False) -> Any:
+def index_put(g: Builder, out: Out, x: Tensor, indices: Sequence[Tensor | None], values: Tensor,
+              accumulate: bool = False) -> Any:
     """`x[mask] = number`; other writes at indices are refused."""
     place, mask = next((i, t) for i, t in enumerate(indices) if t is not None)
     single = all(d == 1 for d in values.shape)
@@ -428,11 +448,18 @@ def index_put(g: Builder, out: Out, x: Tensor, indices: Sequence[Tensor | None],
 
 def slice_scatter(g: Builder, out: Out, x: Tensor, source: Tensor, dim: int = 0, start: Any = None, end: Any = None,
                   step: int = 1) -> Any:
-    """`x[start:end] = source`: what is before, the source, what is after."""
-    if step != 1:
-        raise Untranslated({"aten.slice_scatter.default"})  # torch has a decomposition for it
+    """`x[start:end] = source`: what is before, the source, what is after. With a step each goes to its place."""
     axis = axis_of(dim, x.rank)
     parts = [g.cast(source, x.dtype).value]
+    if step != 1:
+        first = (start or 0) + (x.shape[axis] if isinstance(start, int) and start < 0 else 0)
+        count, whole = source.shape[axis], torch.int64
+        ends = (operand(g, n, whole) for n in (first, first + step * count, step))
+        places = g.op("Range", *ends, out=Out((count,), whole))
+        if axis < x.rank - 1:
+            places = g.op("Unsqueeze", places, g.ints(*range(1, x.rank - axis)))
+        wide = g.op("Expand", places, g.shape_value(source.shape), out=Out(source.shape, whole))
+        return g.op("ScatterElements", x.value, wide, parts[0], axis=axis, out=out)
     if start is not None and start != 0:
         parts.insert(0, g.op("Slice", x.value, g.ints(0), bound(g, start, 0), g.ints(axis)))
     if end is not None and end != x.shape[axis] and end != INT64_MAX:
@@ -441,8 +468,8 @@ def slice_scatter(g: Builder, out: Out, x: Tensor, source: Tensor, dim: int = 0,
 
 
 def select_scatter(g: Builder, out: Out, x: Tensor, source: Tensor, dim: int, index: Any) -> Any:
-    row = Tensor(g, x.shape, x.dtype, emitted=g.op("Unsqueeze", g.cast(source, x.dtype).value, g.ints(axis_of(dim, x.rank))))
-    return slice_scatter(g, out, x, row, dim, index, None if index == -1 else index + 1)
+    row = g.op("Unsqueeze", g.cast(source, x.dtype).value, g.ints(axis_of(dim, x.rank)))
+    return slice_scatter(g, out, x, tensor(g, row, out), dim, index, None if index == -1 else index + 1)
 
 
 def repeat(g: Builder, out: Out, x: Tensor, repeats: Sequence[Size]) -> Any:
@@ -464,7 +491,8 @@ def repeat_interleave(g: Builder, out: Out, x: Tensor, repeats: Size, dim: int |
 def flip(g: Builder, out: Out, x: Tensor, dims: Sequence[int]) -> Any:
     axes = [axis_of(d, x.rank) for d in dims]
     n = len(axes)
-    return g.op("Slice", x.value, g.ints(*[-1] * n), g.ints(*[-INT64_MAX] * n), g.ints(*axes), g.ints(*[-1] * n), out=out)
+    back = g.ints(*[-1] * n)
+    return g.op("Slice", x.value, back, g.ints(*[-INT64_MAX] * n), g.ints(*axes), back, out=out)
 
 
 def roll(g: Builder, out: Out, x: Tensor, shifts: Sequence[int], dims: Sequence[int] = ()) -> Any:
@@ -481,7 +509,8 @@ def roll(g: Builder, out: Out, x: Tensor, shifts: Sequence[int], dims: Sequence[
     return value
 
 
-def pad(g: Builder, out: Out, x: Tensor, pads: Sequence[Size], mode: str = "constant", value: float | None = None) -> Any:
+def pad(g: Builder, out: Out, x: Tensor, pads: Sequence[Size], mode: str = "constant",
+        value: float | None = None) -> Any:
     """torch lists pads from the last dimension, before and after in pairs; ONNX all befores, then all afters."""
     pairs = [(pads[i], pads[i + 1]) for i in range(0, len(pads), 2)]
     pairs = [(0, 0)] * (x.rank - len(pairs)) + pairs[::-1]
@@ -581,46 +610,55 @@ def linear(g: Builder, out: Out, x: Tensor, weight: Tensor, bias: Tensor | None 
     return g.op("Add", value, bias.value, out=out) if bias else value
 
 
+def per_dim(value: Any, n: int) -> list[int]:
+    """A size for each of `n` dimensions: torch takes one for all as well."""
+    return [value] * n if isinstance(value, int) else list(value) * (n // len(value))
+
+
 def convolution(g: Builder, out: Out, x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = 1,
                 padding: Any = 0, dilation: Any = 1, groups: int = 1) -> Any:
     n = x.rank - 2
-    many = lambda v: [v] * n if isinstance(v, int) else list(v) * (n // len(v))  # noqa: E731
-    attributes: dict[str, Any] = {"strides": many(stride), "dilations": many(dilation), "group": groups,
+    attributes: dict[str, Any] = {"strides": per_dim(stride, n), "dilations": per_dim(dilation, n), "group": groups,
                                   "kernel_shape": [int(d) for d in weight.shape[2:]]}
     if isinstance(padding, str):  # `same` is for a stride of one; auto_pad does not know dilations everywhere
-        reach = zip(many(dilation), attributes["kernel_shape"], strict=True)
+        reach = zip(per_dim(dilation, n), attributes["kernel_shape"], strict=True)
         total = [d * (k - 1) if padding == "same" else 0 for d, k in reach]
         attributes["pads"] = [*(p // 2 for p in total), *(p - p // 2 for p in total)]
     else:
-        attributes["pads"] = many(padding) * 2
+        attributes["pads"] = per_dim(padding, n) * 2
     inputs = [x.value, weight.value] + ([bias.value] if bias else [])
     return g.op("Conv", *inputs, out=out, **attributes)
 
 
 def conv_transpose(g: Builder, out: Out, x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = 1,
                    padding: Any = 0, output_padding: Any = 0, groups: int = 1, dilation: Any = 1) -> Any:
-    n = x.rank - 2
-    many = lambda v: [v] * n if isinstance(v, int) else list(v) * (n // len(v))  # noqa: E731
+    n, kernel = x.rank - 2, [int(d) for d in weight.shape[2:]]
     inputs = [x.value, weight.value] + ([bias.value] if bias else [])
-    return g.op("ConvTranspose", *inputs, strides=many(stride), pads=many(padding) * 2, dilations=many(dilation),
-                output_padding=many(output_padding), group=groups, kernel_shape=[int(d) for d in weight.shape[2:]], out=out)
+    return g.op("ConvTranspose", *inputs, strides=per_dim(stride, n), pads=per_dim(padding, n) * 2,
+                dilations=per_dim(dilation, n), output_padding=per_dim(output_padding, n), group=groups,
+                kernel_shape=kernel, out=out)
 
 
 def pool(kind: str) -> Emitter:
-    def emit(g: Builder, out: Out, x: Tensor, kernel: Any, stride: Any = None, padding: Any = 0, *rest: Any, **kw: Any) -> Any:
+    def emit(g: Builder, out: Out, x: Tensor, kernel: Any, stride: Any = None, padding: Any = 0, *rest: Any,
+             **kw: Any) -> Any:
         n = x.rank - 2
-        many = lambda v: [v] * n if isinstance(v, int) else list(v) * (n // len(v))  # noqa: E731
         extra: dict[str, Any] = {}
         if kind == "AveragePool":
-            if len(rest) > 2 and rest[2] is not None or kw.get("divisor_override") is not None:
+            if kw.get("divisor_override", rest[2] if len(rest) > 2 else None) is not None:
                 raise Untranslated({"average pooling with divisor_override"})
             ceil, count = (*rest, *(False, True)[len(rest):])[:2]
             extra = {"count_include_pad": int(kw.get("count_include_pad", count))}
         else:
             dilation, ceil = (*rest, *(1, False)[len(rest):])[:2]
-            extra = {"dilations": many(kw.get("dilation", dilation))}
-        return g.op(kind, x.value, kernel_shape=many(kernel), strides=many(stride or kernel), pads=many(padding) * 2,
-                    ceil_mode=int(kw.get("ceil_mode", ceil)), out=out, **extra)
+            extra = {"dilations": per_dim(kw.get("dilation", dilation), n)}
+        kernel, strides, pads = per_dim(kernel, n), per_dim(stride or kernel, n), per_dim(padding, n)
+        ceil, dilations = bool(kw.get("ceil_mode", ceil)), extra.get("dilations", [1] * n)
+        sizes = zip(x.shape[2:], out.shape[2:], strides, pads, kernel, dilations, strict=True)
+        if ceil and g.opset < 22 and any(-((d * (k - 1) + 1 - 2 * p - i) // s) + 1 != o for i, o, s, p, k, d in sizes):
+            raise Untranslated({f"{kind} with ceil_mode and a window that starts in the padding (from opset 22 on)"})
+        return g.op(kind, x.value, kernel_shape=kernel, strides=strides, pads=pads * 2, ceil_mode=int(ceil), out=out,
+                    **extra)
 
     return emit
 
@@ -637,7 +675,7 @@ def adaptive_pool(g: Builder, out: Out, x: Tensor, size: Sequence[int]) -> Any:
 
 def einsum(g: Builder, out: Out, equation: str, tensors: Sequence[Tensor], **_: Any) -> Any:
     """A permutation of one tensor is a Transpose. ONNX has no Einsum in bf16: there it is computed in fp32."""
-    left, _, right = equation.replace(" ", "").partition("->")
+    left, _arrow, right = equation.replace(" ", "").partition("->")
     if len(tensors) == 1 and "." not in equation and len(set(left)) == len(left) and sorted(left) == sorted(right):
         return permute(g, out, g.cast(tensors[0], out.dtype), [left.index(c) for c in right])
     dtype = torch.float32 if out.dtype == torch.bfloat16 else out.dtype
@@ -666,8 +704,7 @@ def attention(g: Builder, out: Out, q: Tensor, k: Tensor, v: Tensor, mask: Tenso
         if mask is not None and mask.shape[-2:] != (q.shape[-2], k.shape[-2]):
             # the standard lets the last two sizes broadcast, ONNX Runtime wants them whole
             full = Out((*mask.shape[:-2], q.shape[-2], k.shape[-2]), mask.dtype)
-            wide = expand(g, full, mask)
-            mask = wide if isinstance(wide, Tensor) else Tensor(g, full.shape, full.dtype, emitted=wide)
+            mask = tensor(g, expand(g, full, mask), full)
         return g.op("Attention", q.value, k.value, v.value, mask.value if mask else None, is_causal=int(causal) or None,
                     scale=scale, out=out)
     return decomposed_attention(g, out, q, k, v, mask, causal, scale)
@@ -677,7 +714,7 @@ def decomposed_attention(g: Builder, out: Out, q: Tensor, k: Tensor, v: Tensor, 
                          scale: float | None) -> Any:
     if scale is None and not isinstance(q.shape[-1], int):
         raise Untranslated({"attention over a head size that varies"})
-    root = math.sqrt(scale if scale is not None else int(q.shape[-1]) ** -0.5)  # on both sides: fp16 products stay small
+    root = math.sqrt(scale if scale is not None else int(q.shape[-1]) ** -0.5)  # on both sides: fp16 stays small
     keys, values = (many_heads(g, t, q) for t in (k, v))
     turned = g.op("Transpose", keys, perm=[0, 1, 3, 2])
     left = g.op("Mul", q.value, g.scalar(root, q.dtype))
@@ -685,8 +722,8 @@ def decomposed_attention(g: Builder, out: Out, q: Tensor, k: Tensor, v: Tensor, 
     shape = (*q.shape[:-1], k.shape[-2])
     scores = g.op("MatMul", left, right, out=Out(shape, q.dtype))
     if causal:
-        ones = filled(g, Out((q.shape[-2], k.shape[-2]), torch.int32), 1)
-        lower = g.op("Trilu", ones.value if isinstance(ones, Tensor) else ones, upper=0)
+        square = Out((q.shape[-2], k.shape[-2]), torch.int32)
+        lower = g.op("Trilu", tensor(g, filled(g, square, 1), square).value, upper=0)
         mask = Tensor(g, (q.shape[-2], k.shape[-2]), torch.bool, emitted=g.op("Cast", lower, to=int(TYPES[torch.bool])))
     if mask is not None and mask.dtype == torch.bool:
         scores = g.op("Where", mask.value, scores, g.scalar(torch.finfo(q.dtype).min, q.dtype), out=Out(shape, q.dtype))
@@ -697,8 +734,7 @@ def decomposed_attention(g: Builder, out: Out, q: Tensor, k: Tensor, v: Tensor, 
     if mask is None or mask.dtype != torch.bool or causal:
         return result
     # a row that the mask closes entirely is zero in torch; deciding it here leaves MatMul, Softmax, MatMul together
-    some = g.op("ReduceMax", g.cast(mask, torch.int32).value, g.ints(-1), keepdims=1, out=Out((*mask.shape[:-1], 1), torch.int32))
-    some = g.op("Cast", some, to=int(TYPES[torch.bool]), out=Out((*mask.shape[:-1], 1), torch.bool))
+    some = reduce("ReduceMax")(g, Out((*mask.shape[:-1], 1), torch.bool), mask, -1, True)
     return g.op("Where", some, result, g.scalar(0, q.dtype), out=out)
 
 
@@ -712,7 +748,8 @@ def many_heads(g: Builder, t: Tensor, q: Tensor) -> Any:
     return g.reshape(wide, (), Out((t.shape[0], heads, *t.shape[2:]), t.dtype))
 
 
-def group_norm(g: Builder, out: Out, x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> Any:
+def group_norm(g: Builder, out: Out, x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None,
+               eps: float) -> Any:
     """Wu and He 2018. The standard node from opset 21 on; before, InstanceNormalization over the groups."""
     channels = int(x.shape[1])
     scale = weight.value if weight else g.constant(torch.ones(channels, dtype=x.dtype))
@@ -729,11 +766,12 @@ def group_norm(g: Builder, out: Out, x: Tensor, groups: int, weight: Tensor | No
 
 
 def ones_for(g: Builder, x: Tensor, dims: int) -> Any:
-    ones = filled(g, Out(x.shape[-dims:], x.dtype), 1)
-    return ones.value if isinstance(ones, Tensor) else ones
+    out = Out(x.shape[-dims:], x.dtype)
+    return tensor(g, filled(g, out, 1), out).value
 
 
-def layer_norm(g: Builder, out: Out, x: Tensor, dims: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> Any:
+def layer_norm(g: Builder, out: Out, x: Tensor, dims: int, weight: Tensor | None, bias: Tensor | None,
+               eps: float) -> Any:
     scale = g.cast(weight, x.dtype).value if weight else ones_for(g, x, dims)
     return g.op("LayerNormalization", x.value, scale, g.cast(bias, x.dtype).value if bias else None, axis=-dims,
                 epsilon=eps, out=out)
@@ -759,7 +797,10 @@ def activation(g: Builder, out: Out, x: Tensor, kind: str) -> Any:
         return relu(g, out, x)
     if g.opset >= 20:
         return g.op("Gelu", x.value, approximate="tanh" if kind == "gelu_tanh" else "none", out=out)
-    number = lambda v: g.scalar(v, x.dtype)  # noqa: E731
+
+    def number(value: float) -> Any:
+        return g.scalar(value, x.dtype)
+
     if kind == "gelu_tanh":  # Hendrycks and Gimpel 2016, section 2
         cube = g.op("Mul", g.op("Mul", x.value, x.value), x.value)
         inner = g.op("Mul", g.op("Add", x.value, g.op("Mul", cube, number(0.044715))), number(math.sqrt(2 / math.pi)))
@@ -769,11 +810,16 @@ def activation(g: Builder, out: Out, x: Tensor, kind: str) -> Any:
     return g.op("Mul", g.op("Mul", x.value, gate), number(0.5), out=out)
 
 
-def softmax(g: Builder, out: Out, x: Tensor, dim: int, *_: Any) -> Any:
+def softmax(g: Builder, out: Out, x: Tensor, dim: int, *_: Any, **__: Any) -> Any:
     return g.op("Softmax", g.cast(x, out.dtype).value, axis=axis_of(dim, x.rank), out=out)
 
 
-def resize(g: Builder, out: Out, x: Tensor, height: Any, width: Any, mode: str, align: bool, scales: Sequence[float]) -> Any:
+def log_softmax(g: Builder, out: Out, x: Tensor, dim: int, *_: Any, **__: Any) -> Any:
+    return g.op("LogSoftmax", g.cast(x, out.dtype).value, axis=axis_of(dim, x.rank), out=out)
+
+
+def resize(g: Builder, out: Out, x: Tensor, height: Any, width: Any, mode: str, align: bool,
+           scales: Sequence[float]) -> Any:
     return resized(g, out, x, {"nearest": "nearest", "bilinear": "linear", "bicubic": "cubic"}[mode], align, scales)
 
 
@@ -789,9 +835,38 @@ def resized(g: Builder, out: Out, x: Tensor, mode: str, align: bool, scales: Seq
         attributes["nearest_mode"] = "floor"
     if mode == "cubic":
         attributes["cubic_coeff_a"] = -0.75
-    if scales:
-        return g.op("Resize", x.value, None, g.constant(torch.tensor([1.0, 1.0, *scales])), out=out, **attributes)
+    if scales and mode != "cubic":  # torch leaves a size that stays as it is, whatever its scale
+        scales = [1.0 if x.shape[i] == out.shape[i] else s for i, s in enumerate(scales, start=2)]
+    if out.shape == x.shape and all(s == 1 for s in scales):
+        return x
+    if out.shape == x.shape:
+        raise Untranslated({"bicubic interpolation by a scale that leaves the size as it is"})  # runtimes copy
+    if mode == "nearest" and any(s != int(s) for s in scales):
+        return taken_nearest(g, out, x, scales)
+    if scales and not align:
+        factors = g.constant(torch.tensor([1.0, 1.0, *map(not_below, scales)]))
+        return g.op("Resize", x.value, None, factors, out=out, **attributes)
     return g.op("Resize", x.value, None, None, g.shape_value(out.shape), out=out, **attributes)
+
+
+def not_below(scale: float) -> float:
+    """The fp32 number at or above: 10 * 1.3 must not become 12.99 and then 12."""
+    near = torch.tensor(scale, dtype=torch.float32)
+    return float(near if float(near) >= scale else torch.nextafter(near, torch.tensor(math.inf)))
+
+
+def taken_nearest(g: Builder, out: Out, x: Tensor, scales: Sequence[float]) -> Any:
+    """Pixel `floor(i * (1 / scale))` in fp32, torch's own arithmetic: `i / scale` can come out at its neighbour."""
+    value = x.value
+    for axis, scale in enumerate(scales, start=x.rank - len(scales)):
+        whole, real = (Out((out.shape[axis],), dtype) for dtype in (torch.int64, torch.float32))
+        steps = tensor(g, arange(g, real, out.shape[axis]), real)
+        places = g.op("Mul", steps.value, g.scalar(1 / scale, torch.float32), out=real)
+        places = tensor(g, g.op("Floor", places, out=real), real)
+        last = operand(g, x.shape[axis] - 1, torch.int64)
+        value = g.op("Gather", value, g.op("Min", g.cast(places, torch.int64).value, last, out=whole), axis=axis)
+    g.describe(value, out)
+    return value
 
 
 def upsample(mode: str) -> Emitter:
@@ -819,7 +894,8 @@ def elu(g: Builder, out: Out, x: Tensor, alpha: float = 1, scale: float = 1, inp
     """`scale * x` above zero, `scale * alpha * (exp(input_scale * x) - 1)` below."""
     if input_scale != 1:
         low = g.op("Elu", g.op("Mul", x.value, g.scalar(input_scale, x.dtype)), alpha=float(alpha), out=out)
-        value = g.op("Where", g.op("Greater", x.value, g.scalar(0, x.dtype), out=Out(out.shape, torch.bool)), x.value, low, out=out)
+        above = g.op("Greater", x.value, g.scalar(0, x.dtype), out=Out(out.shape, torch.bool))
+        value = g.op("Where", above, x.value, low, out=out)
     else:
         value = g.op("Elu", x.value, alpha=float(alpha), out=out)
     return value if scale == 1 else g.op("Mul", value, g.scalar(scale, x.dtype), out=out)
@@ -845,6 +921,8 @@ def aten_group_norm(g: Builder, out: Out, x: Tensor, groups: int, weight: Any = 
 
 def batch_norm(g: Builder, out: Out, x: Tensor, weight: Any, bias: Any, mean: Any, var: Any, training: bool,
                momentum: float, eps: float, *_: Any) -> Any:
+    if training or mean is None:
+        raise Untranslated({"aten.batch_norm.default"})  # statistics of the batch: torch has them in simpler operators
     channels = int(x.shape[1])
     ones, zeros = torch.ones(channels, dtype=x.dtype), torch.zeros(channels, dtype=x.dtype)
     scale = weight.value if weight else g.constant(ones)
@@ -862,12 +940,13 @@ def sdpa(g: Builder, out: Out, q: Tensor, k: Tensor, v: Tensor, mask: Any = None
     lead = q.shape[:-2]
     if k.shape[:-2] != lead or v.shape[:-2] != lead:
         raise Untranslated({f"scaled_dot_product_attention of {q.rank} dimensions with leading ones that differ"})
-    flat = lambda t: reshaped(g, t, (math.prod(lead), 1, *t.shape[-2:]))  # noqa: E731
     if mask is not None and mask.rank > 2:
-        wide = expand(g, Out((*lead, *mask.shape[-2:]), mask.dtype), mask)
-        mask = flat(wide if isinstance(wide, Tensor) else Tensor(g, (*lead, *mask.shape[-2:]), mask.dtype, emitted=wide))
+        wide = Out((*lead, *mask.shape[-2:]), mask.dtype)
+        mask = tensor(g, expand(g, wide, mask), wide)
+        mask = reshaped(g, mask, (math.prod(lead), 1, *mask.shape[-2:]))
+    q, k, v = (reshaped(g, t, (math.prod(lead), 1, *t.shape[-2:])) for t in (q, k, v))
     inner = Out((math.prod(lead), 1, *out.shape[-2:]), out.dtype)
-    return g.reshape(attention(g, inner, flat(q), flat(k), flat(v), mask, causal, scale), inner.shape, out)
+    return g.reshape(attention(g, inner, q, k, v, mask, causal, scale), inner.shape, out)
 
 
 def by_overload(emitter: Emitter, *names: str) -> dict[str, Emitter]:
@@ -893,7 +972,8 @@ EMITTERS: Mapping[str, Emitter] = {
     **by_overload(divide, "aten.div.Tensor", "aten.div.Scalar", "aten.div_.Tensor", "aten.div_.Scalar",
                   "aten.div.Tensor_mode", "aten.div.Scalar_mode"),
     **by_overload(lambda g, out, a, b: divide(g, out, a, b, "floor"), "aten.floor_divide.default"),
-    **by_overload(lambda g, out, a, b, alpha=1: scaled("Sub")(g, out, b, a, alpha), "aten.rsub.Scalar", "aten.rsub.Tensor"),
+    **by_overload(lambda g, out, a, b, alpha=1: scaled("Sub")(g, out, b, a, alpha), "aten.rsub.Scalar",
+                  "aten.rsub.Tensor"),
     **by_overload(remainder, "aten.remainder.Tensor", "aten.remainder.Scalar"),
     **by_overload(power, "aten.pow.Tensor_Scalar", "aten.pow.Tensor_Tensor", "aten.pow.Scalar"),
     **by_overload(binary("Max"), "aten.maximum.default", "aten.max.other"),
@@ -904,8 +984,8 @@ EMITTERS: Mapping[str, Emitter] = {
     **by_overload(compare("Greater"), "aten.gt.Tensor", "aten.gt.Scalar"),
     **by_overload(compare("LessOrEqual"), "aten.le.Tensor", "aten.le.Scalar"),
     **by_overload(compare("GreaterOrEqual"), "aten.ge.Tensor", "aten.ge.Scalar"),
-    **by_overload(logical("And", "BitwiseAnd"), "aten.__and__.Tensor", "aten.bitwise_and.Tensor", "aten.logical_and.default",
-                  "aten.__and__.Scalar", "aten.bitwise_and.Scalar"),
+    **by_overload(logical("And", "BitwiseAnd"), "aten.__and__.Tensor", "aten.bitwise_and.Tensor",
+                  "aten.logical_and.default", "aten.__and__.Scalar", "aten.bitwise_and.Scalar"),
     **by_overload(logical("Or", "BitwiseOr"), "aten.__or__.Tensor", "aten.bitwise_or.Tensor", "aten.logical_or.default",
                   "aten.__or__.Scalar", "aten.bitwise_or.Scalar"),
     **by_overload(logical("Xor", "BitwiseXor"), "aten.bitwise_xor.Tensor", "aten.logical_xor.default",
@@ -925,7 +1005,7 @@ EMITTERS: Mapping[str, Emitter] = {
     "aten.relu.default": relu,
     "aten.expm1.default": expm1,
     "aten.log1p.default": log1p,
-    **{f"aten.{name}.default": rounding(kind) for name, kind in {"floor": "Floor", "ceil": "Ceil", "round": "Round"}.items()},
+    **{f"aten.{name}.default": rounding(name.title()) for name in ("floor", "ceil", "round")},
     **{f"aten.{name}.default": question(kind) for name, kind in {"isnan": "IsNaN", "isinf": "IsInf"}.items()},
     "aten.trunc.default": trunc,
     "aten.softplus.default": softplus,
@@ -940,8 +1020,9 @@ EMITTERS: Mapping[str, Emitter] = {
     "aten.square.default": square,
     **by_overload(convert, "aten.to.dtype", "aten.to.device", "aten.to.dtype_layout", "aten._to_copy.default",
                   "aten.type_as.default", "aten.to.other"),
-    **by_overload(same, "aten.dropout.default", "aten.contiguous.default", "aten.clone.default", "aten.detach.default",
-                  "aten.detach_.default", "aten.alias.default", "aten.lift_fresh_copy.default", "aten.feature_dropout.default"),
+    **by_overload(dropout, "aten.dropout.default", "aten.feature_dropout.default"),
+    **by_overload(same, "aten.contiguous.default", "aten.clone.default", "aten.detach.default",
+                  "aten.detach_.default", "aten.alias.default", "aten.lift_fresh_copy.default"),
     **by_overload(reduce("ReduceMean"), "aten.mean.dim", "aten.mean.default"),
     **by_overload(reduce("ReduceSum"), "aten.sum.dim_IntList", "aten.sum.default"),
     **by_overload(reduce("ReduceMax"), "aten.amax.default", "aten.any.dim", "aten.any.default", "aten.any.dims",
@@ -958,6 +1039,7 @@ EMITTERS: Mapping[str, Emitter] = {
     "aten.cumsum.default": cumsum,
     "aten.linalg_vector_norm.default": vector_norm,
     **by_overload(softmax, "aten.softmax.int", "aten._softmax.default"),
+    **by_overload(log_softmax, "aten.log_softmax.int", "aten._log_softmax.default"),
     **by_overload(reshape, "aten.view.default", "aten.reshape.default", "aten._unsafe_view.default",
                   "aten.flatten.using_ints", "aten.unflatten.int", "aten.squeeze.default", "aten.view_as.default",
                   "aten.reshape_as.default"),
@@ -994,12 +1076,15 @@ EMITTERS: Mapping[str, Emitter] = {
     "aten.meshgrid.indexing": meshgrid,
     **by_overload(constant_fill(1), "aten.ones.default", "aten.new_ones.default", "aten.ones_like.default"),
     **by_overload(constant_fill(0), "aten.zeros.default", "aten.new_zeros.default", "aten.zeros_like.default"),
-    **by_overload(constant_fill(0), "aten.empty.memory_format", "aten.new_empty.default", "aten.empty_like.default", "aten.zero.default"),
-    **by_overload(full, "aten.full.default", "aten.new_full.default", "aten.full_like.default", "aten.fill.Scalar", "aten.fill.Tensor"),
+    **by_overload(constant_fill(0), "aten.empty.memory_format", "aten.new_empty.default", "aten.empty_like.default",
+                  "aten.zero.default"),
+    **by_overload(full, "aten.full.default", "aten.new_full.default", "aten.full_like.default", "aten.fill.Scalar",
+                  "aten.fill.Tensor"),
     "aten.copy.default": copy,
     "aten.scalar_tensor.default": lambda g, out, number, **_: filled(g, out, number),
     **by_overload(arange, "aten.arange.default", "aten.arange.start", "aten.arange.start_step"),
-    **by_overload(matmul, "aten.matmul.default", "aten.bmm.default", "aten.mm.default"),
+    **by_overload(matmul, "aten.matmul.default", "aten.bmm.default", "aten.mm.default", "aten.mv.default",
+                  "aten.dot.default"),
     "aten.addmm.default": addmm,
     "aten.baddbmm.default": baddbmm,
     "aten.linear.default": linear,

@@ -126,7 +126,7 @@ LEAVES: Mapping[Any, Callable[..., Any]] = {
 
 
 MAKERS = frozenset({torch.arange, torch.empty, torch.eye, torch.full, torch.linspace, torch.ones, torch.zeros,
-                    torch.tril_indices, torch.triu_indices})
+                    torch.tril_indices, torch.triu_indices, torch.rand, torch.randn, torch.randint})
 LITERALS = frozenset({torch.tensor, torch.as_tensor, torch.asarray, torch.from_numpy})
 
 

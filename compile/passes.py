@@ -160,7 +160,7 @@ def merge_reshapes(graph: ir.Graph, node: ir.Node) -> str:
             return "sizes are not known"
         if any(i >= len(source.shape) or str(source.shape[i]) != str(middle.shape[i]) for i in zeros):
             return "the second copies a size that the first made"
-    replace(graph, node, "Reshape", [first.inputs[0], node.inputs[1]])
+    replace(graph, node, "Reshape", [first.inputs[0], node.inputs[1]], allowzero=attribute(node, "allowzero", None))
     return DONE
 
 

@@ -407,10 +407,10 @@ def load_pickled(paths: tuple[Path, ...]) -> Mapping[str, Any]:
 
 
 def first_sentence(text: str) -> str:
-    """What torch says of a file that it refused, without its advice, which is not ours."""
-    advice = ("Weights only load failed", "Please file an issue", "Check the documentation")
-    lines = [line.strip() for line in text.splitlines() if line.strip() and not line.startswith(advice)]
-    return lines[0][:300] if lines else ""
+    """What torch says of a file that it refused, without its advice to read it all the same."""
+    advice = ("Weights only load failed", "Please file an issue", "Check the documentation", "(1)", "(2)")
+    lines = [line for part in text.splitlines() if (line := part.strip()) and not line.startswith(advice)]
+    return lines[0].removeprefix("WeightsUnpickler error: ").partition(" Please use")[0][:300] if lines else ""
 
 
 # --- hub ids and Python factories ------------------------------------------------------------------------------------

@@ -45,7 +45,8 @@ class Axis:
                 expected="0 <= min <= opt <= max",
                 mend=f"--axis {self.name}={self.min}:{max(self.min, self.opt)}:{max(self.min, self.opt, self.max)}",
             )
-        if self.max > (most := LARGEST if self.limit is None else self.limit):
+        most = LARGEST - LARGEST % self.step if self.limit is None else self.limit
+        if self.max > most:
             raise InputError(
                 f"axis {self.name}: the model cannot take {self.max}",
                 got=self.max,
@@ -162,10 +163,12 @@ class Component:
             traced[axis.name] = _pick(axis, (2, 3, 4, 7, 11, 13)[min(i, 5)])
             untraced[axis.name] = _pick(axis, (3, 2, 3, 5, 6, 17)[min(i, 5)])
             smallest[axis.name] = axis.min
+            if untraced[axis.name] == traced[axis.name] and not axis.static:
+                untraced[axis.name] = axis.min
         return {"traced": traced, "untraced": untraced, "smallest": smallest}
 
 
 def _pick(axis: Axis, units: int) -> int:
-    """`units` steps above nothing, moved into the axis's range."""
-    low = max(axis.min, axis.step * units)
-    return min(low, axis.max)
+    """`units` steps above nothing, or above one less than the smallest size where that is more, within the range."""
+    size = axis.step * units
+    return min(size if size >= axis.min else axis.min + axis.step * (units - 1), axis.max)

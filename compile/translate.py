@@ -18,6 +18,7 @@ import numpy as np
 import onnx_ir as ir
 import sympy
 import torch
+from torch.export.graph_signature import OutputKind
 from torch.fx import Node as FxNode
 
 from optimize.errors import GateError, InternalError
@@ -80,8 +81,9 @@ class Out:
 class Builder:
     """Nodes of the ONNX graph in order, with names that say where in the model they come from."""
 
-    def __init__(self, opset: int) -> None:
+    def __init__(self, opset: int, empties: bool = False) -> None:
         self.opset = opset
+        self.empties = empties  # whether a size can be zero (a decoder's past)
         self.nodes: list[ir.Node] = []
         self.initializers: dict[str, ir.Value] = {}
         self.scope = ""  # path of the module that is being written
@@ -241,7 +243,8 @@ class Builder:
             plan[unknown[0]] = -1
             unknown = []
         if unknown:
-            return cast(ir.Value, self.op("Reshape", x, self.shape_value(after), out=out))
+            allowzero = 1 if self.empties else None  # a computed zero is a size, where it could mean "as it was"
+            return cast(ir.Value, self.op("Reshape", x, self.shape_value(after), out=out, allowzero=allowzero))
         return cast(ir.Value, self.op("Reshape", x, self.ints(*cast(list[int], plan)), out=out))
 
 
@@ -251,7 +254,7 @@ SIZE_OPS = {"Add": "Add", "Mul": "Mul", "FloorDiv": "Div", "CleanDiv": "Div", "M
 
 FRACTION_OPS = {"Add": "Add", "Mul": "Mul", "Pow": "Pow", "FloatPow": "Pow", "PowByNatural": "Pow", "IntTrueDiv": "Div",
                 "FloatTrueDiv": "Div", "OpaqueUnaryFn_sqrt": "Sqrt"}
-ROUNDINGS = {"TruncToInt": "Floor", "FloorToInt": "Floor", "CeilToInt": "Ceil", "RoundToInt": "Round"}  # sizes are not negative
+ROUNDINGS = {"TruncToInt": "Floor", "FloorToInt": "Floor", "CeilToInt": "Ceil", "RoundToInt": "Round"}
 
 
 def raw_array(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
@@ -293,7 +296,7 @@ class Translator:
         from .emitters import EMITTERS, IGNORED
 
         self.traced, self.component, self.weight = traced, component, weight
-        self.graph = Builder(opset)
+        self.graph = Builder(opset, empties=any(axis.min == 0 for axis in component.axes.values()))
         self.emitters, self.ignored = EMITTERS, IGNORED
         self.checkpoint_names = set(traced.module.state_dict())
         self.env: dict[FxNode, Any] = {}
@@ -428,6 +431,8 @@ class Translator:
         out = out_of(value)
         if name not in self.emitters:  # it could have been computed from constants, and was not
             raise Untranslated({name})
+        if isinstance(out, Out) and out.dtype not in TYPES:
+            raise Untranslated({f"{name} of {str(out.dtype).removeprefix('torch.')} numbers"})
         try:
             result = self.wrap(self.emitters[name](self.graph, out, *args, **kwargs), out)
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as e:
@@ -473,7 +478,11 @@ class Translator:
     def model(self, outputs: Any) -> ir.Model:
         graph_outputs, seen = [], set()
         specs = self.traced.program.graph_signature.output_specs  # decomposition adds what the forward wrote into
-        own = [t for t, spec in zip(outputs, specs, strict=True) if spec.kind == torch.export.graph_signature.OutputKind.USER_OUTPUT]
+        own = [t for t, spec in zip(outputs, specs, strict=True) if spec.kind == OutputKind.USER_OUTPUT]
+        if len(own) != len(self.component.outputs):
+            raise GateError(f"{self.component.name}: its forward gives other outputs than are named",
+                            got=f"{len(own)} tensors", expected=", ".join(self.component.outputs),
+                            mend="return a flat tuple, one tensor for each name")
         for name, tensor in zip(self.component.outputs, own, strict=True):
             value = tensor.value
             if value in seen or value in self.inputs or value.is_initializer() or value.producer() is None:
@@ -512,8 +521,9 @@ def writes_a_view(node: FxNode) -> bool:
 def foldable(node: FxNode) -> bool:
     """A pure aten operator: the same inputs always give the same output."""
     target = node.target
-    return (isinstance(target, torch._ops.OpOverload) and target.namespace == "aten" and "empty" not in target._schema.name
-            and torch.Tag.nondeterministic_seeded not in target.tags and not target._schema.is_mutable)
+    return (isinstance(target, torch._ops.OpOverload) and target.namespace == "aten"
+            and "empty" not in target._schema.name and torch.Tag.nondeterministic_seeded not in target.tags
+            and not target._schema.is_mutable)
 
 
 def translate(traced: Traced, component: Component, opset: int,
@@ -542,8 +552,11 @@ def decomposed(traced: Traced, operators: set[str]) -> Traced | None:
     composite = any(op.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd) for op in targets)
     if not table and not mutable and not composite:
         return None
-    with torch.no_grad():
-        program = traced.program.run_decompositions(table)
+    try:
+        with torch.no_grad():
+            program = traced.program.run_decompositions(table)
+    except Exception as e:  # torch raises many kinds here; each means that it cannot write them in simpler ones
+        raise Untranslated(operators) from e
     return Traced(program, traced.constants, traced.module)
 
 

@@ -133,7 +133,7 @@ def test_dry_run_writes_nothing_and_prints_the_plan(tmp_path: Path, capsys: pyte
 def test_the_view_has_shapes_and_no_numbers(demo_bundle: Path) -> None:
     view = onnx.load(str(demo_bundle / "unet" / "unet.fp32.view.onnx"), load_external_data=False)
     graph = onnx.load(str(demo_bundle / "unet" / "unet.fp32.onnx"), load_external_data=False)
-    assert [n.name for n in view.graph.node] == [n.name for n in graph.node]
+    assert [n.name for n in view.graph.node] == [n.name for n in graph.graph.node]
     big = [t for t in view.graph.initializer if np.prod(t.dims) * 4 >= 1024]
     assert big and all(not t.raw_data and not t.external_data and t.dims for t in big)
 

@@ -126,6 +126,16 @@ GRAPHS = {
     "masked and scaled": ("(float[2,t,8] q, float[2,8,s] k, float[2,s,8] v, float[1,t,s] m) => (float[2,t,8] y) "
                           "{ a = MatMul(q, k) b = Mul(a, a) c = Add(b, m) d = Softmax(c) y = MatMul(d, v) }",
                           [("attention", False, "MatMul Softmax MatMul")]),
+    "a softmax that guards against rows of -inf": (
+        "(float16[2,t,s] a, float16[2,s,8] v, float zero) => (float16[2,t,8] y) { k = Transpose(v) p = MatMul(a, k) "
+        "w = Cast<to=1>(p) d = Softmax(w) n = IsNaN(d) g = Where(n, zero, d) h = Cast<to=10>(g) y = MatMul(h, v) }",
+        [("attention", False, "MatMul Softmax MatMul")]),
+    "a router": ("(float[4,8] x, float[8,8] w, float[8,8] z) => (float[4,8] y) "
+                 "{ a = MatMul(x, w) b = Softmax(a) c = Mul(b, x) y = MatMul(c, z) }", []),
+    "interleaved rotation": (
+        "(float[2,4,8] x, float[2,4] a, float[2,4] b, float[2,8] c, float[2,8] d, int64[1] i, int64[2] j) => (float y) "
+        "{ n = Neg(a) m = Unsqueeze(n, i) o = Unsqueeze(b, i) p = Concat<axis=-1>(m, o) q = Reshape(p, j) "
+        "r = Mul(q, c) s = Mul(x, d) y = Add(s, r) }", [("rotary embedding", False, "Neg Concat Mul Add")]),
     "a classifier's softmax": ("(float[2,8] x, float[8,8] w) => (float[2,8] y) { a = MatMul(x, w) y = Softmax(a) }",
                                []),
     "instance norm": ("(float[2,4,8] x, float[4] a) => (float[2,4,8] y) { y = InstanceNormalization(x, a, a) }",
@@ -145,6 +155,11 @@ GRAPHS = {
 }
 
 
+SAID = {"masked and scaled": "the model writes it out, and no rule makes it Attention",
+        "interleaved rotation": "its pairs are interleaved, and no rule fuses those",
+        "contrib": "one node, but of the domain com.microsoft, not of the standard"}
+
+
 @pytest.mark.parametrize("name", GRAPHS)
 def test_patterns(name: str) -> None:
     text, expected = GRAPHS[name]
@@ -153,10 +168,8 @@ def test_patterns(name: str) -> None:
     assert [(s.kind, s.standard, s.into) for s in found] == expected
     for site in found:
         assert bool(site.reason) == (not site.standard)
-    if name == "masked and scaled":
-        assert found[0].reason == "the model writes it out, and no rule makes it Attention"
-    if name == "contrib":
-        assert found[0].reason == "one node, but of the domain com.microsoft, not of the standard"
+    if name in SAID:
+        assert found[0].reason == SAID[name]
 
 
 def test_totals_add_up(demo_bundle: Path) -> None:

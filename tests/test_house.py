@@ -80,7 +80,7 @@ LIGHT = ["optimize", "optimize.errors", "optimize.progress", "optimize.exporting
          "optimize.compile.bundle", "optimize.compile.records", "optimize.compile.weights", "optimize.compile.digests",
          "optimize.compile.tensorrt", "optimize.kernels", "optimize.quantize", "optimize.profiles",
          "optimize.profiles.targets", "optimize.tools", "optimize.tools.cli", "optimize.tools.doctor",
-         "optimize.tools.tables", "optimize.tools.inspect", "optimize.tools.netron", "optimize.tools.demo"]
+         "optimize.tools.tables", "optimize.tools.inspecting", "optimize.tools.netron", "optimize.tools.demo"]
 
 
 @pytest.mark.parametrize("module", LIGHT)

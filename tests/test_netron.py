@@ -4,9 +4,11 @@ import json
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -114,6 +116,18 @@ def test_a_taken_port_is_said(view: Path) -> None:
         netron.server_for(view, server.server_port)
     with pytest.raises(InputError, match="port 70000 cannot be served"):
         netron.server_for(view, 70000)
+
+
+def test_a_browser_that_leaves_is_no_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with (tmp_path / "large.onnx").open("wb") as file:
+        file.truncate(64 << 20)
+    with served(tmp_path / "large.onnx") as url:
+        with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2]))) as browser:
+            browser.sendall(b"GET /data/large.onnx HTTP/1.0\r\n\r\n")
+            assert browser.recv(15).startswith(b"HTTP/1.0 200 OK")
+        time.sleep(0.5)
+        assert get(f"{url}/index.js")[0] == 200
+    assert capsys.readouterr().err == ""
 
 
 def test_without_netron_it_says_what_to_install(view: Path, monkeypatch: pytest.MonkeyPatch,

@@ -11,7 +11,7 @@ import contextlib
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -132,12 +132,14 @@ def run_export(args: argparse.Namespace, progress: Progress) -> int:
                  trust_remote_code=args.trust_remote_code, weight_streaming=args.weight_streaming,
                  timing_cache=args.timing_cache, memory=args.memory)
     if args.dry_run or args.why:
-        plan = export(args.source, args.out, dry_run=True, **words)
+        with others_on_stderr():
+            plan = export(args.source, args.out, dry_run=True, **words)
         if args.dry_run:
             tables.show(tables.plan_rows(plan), args.json, steps=tables.plan_steps(plan))
             return 0
         tables.show(tables.plan_rows(plan), False, stream=sys.stderr)
-    bundle = export(args.source, args.out, progress=progress, **words)
+    with others_on_stderr():
+        bundle = export(args.source, args.out, progress=progress, **words)
     tables.show(tables.bundle_rows(bundle), args.json)
     return 0
 
@@ -146,8 +148,9 @@ def run_build(args: argparse.Namespace, progress: Progress) -> int:
     from optimize.loading import build
     from optimize.tools import tables
 
-    bundle = build(args.dir, targets=args.target or ["current"], components=args.component, precisions=args.precision,
-                   weight_streaming=args.weight_streaming, timing_cache=args.timing_cache, progress=progress)
+    with others_on_stderr():
+        bundle = build(args.dir, targets=args.target or ["current"], components=args.component, precisions=args.precision,
+                       weight_streaming=args.weight_streaming, timing_cache=args.timing_cache, progress=progress)
     tables.show(tables.bundle_rows(bundle), args.json)
     return 0
 
@@ -156,8 +159,9 @@ def run_verify(args: argparse.Namespace, progress: Progress) -> int:
     from optimize.loading import verify
     from optimize.tools import tables
 
-    results = verify(args.dir, components=args.component, memory=args.memory, trust_remote_code=args.trust_remote_code,
-                     progress=progress)
+    with others_on_stderr():
+        results = verify(args.dir, components=args.component, memory=args.memory,
+                         trust_remote_code=args.trust_remote_code, progress=progress)
     tables.show([{"artifact": r.artifact, "state": r.state, "detail": r.detail} for r in results], args.json)
     failed = [r.artifact for r in results if r.state == "failed"]
     if failed:
@@ -213,6 +217,13 @@ def quiet() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
+@contextlib.contextmanager
+def others_on_stderr() -> Iterator[None]:
+    """stdout is for results: what a factory, a model's own code or a library prints meanwhile goes to stderr."""
+    with contextlib.redirect_stdout(sys.stderr):
+        yield
+
+
 def main(words: Sequence[str] | None = None) -> int:
     """Entry point of the command; gives the exit code."""
     args = parser().parse_args(words)
@@ -220,26 +231,29 @@ def main(words: Sequence[str] | None = None) -> int:
     from optimize.progress import Progress
 
     quiet()
+    failure: BaseException
     try:
         code = int(args.run(args, Progress()))
         sys.stdout.flush()
         return code
     except OptimizeError as e:
-        text, code = str(e), e.exit_code
-    except KeyboardInterrupt:
-        text, code = "interrupted; what was finished is kept, and the same command goes on from there", 130
+        failure, text, code = e, str(e), e.exit_code
+    except KeyboardInterrupt as e:
+        failure, code = e, 130
+        text = "interrupted; what was finished is kept, and the same command goes on from there"
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as e:  # not one that we saw coming, but the machine's and not ours: a disk, a device, a limit
-        text, code = f"the system refused: {type(e).__name__}: {e}\n  mend: --debug shows where", 3
+        failure, text, code = e, f"the system refused: {type(e).__name__}: {e}\n  mend: --debug shows where", 3
         with contextlib.suppress(OSError):  # what stdout still holds cannot be written either, if that is what failed
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except Exception as e:
-        text, code = (f"a bug of ours, or a case that we did not foresee: {type(e).__name__}: {str(e)[:500]}\n"
-                      "  mend: run it again with --debug and report the text"), 70
+        failure, code = e, 70
+        text = (f"a bug of ours, or a case that we did not foresee: {type(e).__name__}: {str(e)[:500]}\n"
+                "  mend: run it again with --debug and report the text")
     if args.debug:
-        traceback.print_exc()
+        traceback.print_exception(failure)
     print(f"optimize: {text}", file=sys.stderr)
     return code
 

@@ -6,12 +6,14 @@ every spelling of it has (`ANCHORS`), by walking a few nodes up and down from th
 
 from __future__ import annotations
 
-import ast
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import onnx_ir as ir
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 STANDARD: Mapping[str, tuple[str, int]] = {
     "Attention": ("attention", 23), "LayerNormalization": ("layer norm", 17), "RMSNormalization": ("rms norm", 23),
@@ -32,7 +34,7 @@ CONTRIB: Mapping[str, str] = {
 
 FIRST = {kind: (operator, since) for operator, (kind, since) in STANDARD.items()}
 SCORES = frozenset({"Add", "Sub", "Mul", "Div", "Where", "Cast", "Reshape", "Identity", "Max", "Min", "Clip", "Tanh"})
-WEIGHTS = frozenset({"Cast", "Dropout", "Where", "Mul", "Identity", "Reshape"})
+WEIGHTS = frozenset({"Cast", "Dropout", "Where", "Identity", "Reshape"})
 PRODUCTS = frozenset({"MatMul", "Einsum", "Gemm"})
 DEPTH = 8  # nodes between the softmax and its products: a mask, a scale, casts, a soft cap
 
@@ -181,8 +183,8 @@ def path_of(node: ir.Node) -> str:
     slashes), or from the scopes that `torch.onnx.export(dynamo=True)` writes as metadata."""
     scopes = node.metadata_props.get("pkg.torch.onnx.name_scopes")
     if scopes:
-        names = [n for n in ast.literal_eval(scopes)[:-1] if n and not n.startswith("_empty")]
-        return str(names[-1]) if names else ""
+        names = [n for n in re.findall("'([^']*)'", scopes)[:-1] if not n.startswith("_empty")]
+        return names[-1] if names else ""
     return str(node.name or "").rpartition("/")[0].strip("/").replace("/", ".")
 
 

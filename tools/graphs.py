@@ -8,11 +8,13 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-import onnx_ir as ir
+from typing import TYPE_CHECKING
 
 from optimize.errors import InputError
 from optimize.tools.fusions import Site, sites_of
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 LARGEST = 10
 NO_WEIGHTS = frozenset({"int64", "int32", "bool", "string"})  # indices, sizes, masks
@@ -48,8 +50,9 @@ class Axis:
 class Graph:
     """One graph.
 
-    `nodes` and `operators` count subgraphs too. `parameters` are the elements of constants that have dimensions and are
-    no indices, `weight_bytes` their size; `precision` the shares by type, of `parameters` and of node `outputs`.
+    `nodes` and `operators` count subgraphs too, but no function's body. `parameters` are the elements of constants that
+    have dimensions and are no indices, `weight_bytes` their size; `precision` the shares by type, of `parameters` and
+    of node `outputs`.
     """
 
     name: str
@@ -75,6 +78,7 @@ class Graph:
 
 def model_from_file(path: Path) -> ir.Model:
     """Reads a graph; weights in other files stay there. Raises InputError for what is missing or is no ONNX."""
+    import onnx_ir as ir
     from google.protobuf.message import DecodeError  # type: ignore[import-untyped]  # its stubs are a package apart
 
     if not path.is_file():
@@ -123,8 +127,8 @@ def infer_types(model: ir.Model) -> None:
 
 def dtype_of(dtype: ir.DataType | None) -> str:
     """A type by the name that NumPy and ml_dtypes give it."""
-    special = {None: "unknown", ir.DataType.FLOAT: "float32", ir.DataType.DOUBLE: "float64"}
-    return special.get(dtype) or str(dtype).lower()
+    name = "unknown" if dtype is None else dtype.name.lower()
+    return {"float": "float32", "double": "float64"}.get(name, name)
 
 
 def tensor_of(value: ir.Value) -> Tensor:
@@ -165,6 +169,8 @@ def shares_of(counts: Counter[str]) -> dict[str, float]:
 
 def warnings_of(model: ir.Model) -> Iterator[str]:
     """Weights' files that are missing or too short for what the graph points at."""
+    import onnx_ir as ir
+
     ends: dict[Path, int] = {}
     for graph in model.graphs():
         for value in graph.initializers.values():

@@ -9,6 +9,7 @@ from __future__ import annotations
 import html
 import re
 import shutil
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -46,7 +47,14 @@ def page_for(file: Path, folder: Path) -> bytes:
     return page.replace("<title>", opened + "<title>", 1).encode()
 
 
-def server_for(path: Path, port: int = 0) -> ThreadingHTTPServer:
+class Server(ThreadingHTTPServer):
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A browser that leaves in the middle of an answer is no error."""
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)
+
+
+def server_for(path: Path, port: int = 0) -> Server:
     """A server of Netron with `path` open, on this machine's own address alone; port 0 takes a free one.
 
     Raises MissingError without Netron, InputError where the port is taken.
@@ -85,7 +93,7 @@ def server_for(path: Path, port: int = 0) -> ThreadingHTTPServer:
             """Requests are no results: nothing is printed."""
 
     try:
-        return ThreadingHTTPServer((HOST, port), Handler)
+        return Server((HOST, port), Handler)
     except (OSError, OverflowError) as e:
         raise InputError(f"port {port} cannot be served", got=str(e),
                          mend="another --port, or none for a free one") from e

@@ -16,10 +16,10 @@ if TYPE_CHECKING:
     from optimize.errors import GateError, InputError, InternalError, MissingError, OptimizeError
     from optimize.exporting import export
     from optimize.loading import build, load, verify
-    from optimize.tools.inspect import inspect
+    from optimize.tools.inspecting import inspect
 
 _WHERE = {
-    "export": "exporting", "load": "loading", "verify": "loading", "build": "loading", "inspect": "tools.inspect",
+    "export": "exporting", "load": "loading", "verify": "loading", "build": "loading", "inspect": "tools.inspecting",
     "Component": "compile.spec", "Axis": "compile.spec", "TensorSpec": "compile.spec", "Bundle": "compile.bundle",
     "OptimizeError": "errors", "InputError": "errors", "GateError": "errors", "MissingError": "errors",
     "InternalError": "errors",

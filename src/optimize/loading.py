@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from optimize.errors import GateError, InputError, MissingError
+from optimize.errors import GateError, InputError, MissingError, OptimizeError
 from optimize.progress import Progress
 
 if TYPE_CHECKING:
@@ -101,7 +101,11 @@ def component_of(bundle: Bundle, name: str, trust_remote_code: bool = False) -> 
         raise InputError(f"the source of {bundle.root} is Python code, which would run", got=manifest.source,
                          expected="your word that you trust it",
                          mend="read that code, then --trust-remote-code (trust_remote_code=True)")
-    source = source_from_text(manifest.source, Trust("pickle" in manifest.trust, trust_remote_code), (name,))
+    try:
+        source = source_from_text(manifest.source, Trust("pickle" in manifest.trust, trust_remote_code), (name,))
+    except OptimizeError as e:
+        raise type(e)(f"the source of {bundle.root} cannot be read any more: {e.what}", got=e.got or manifest.source,
+                      expected="what it was exported from", mend="put it back, or export again from where it is now") from e
     found = next((c for c in source.components if c.name == name), None)
     if found is None:
         raise InputError(f"the source {manifest.source} has no component {name} any more",
