@@ -44,8 +44,10 @@ def pixel_axes(step: int, opt: int, low: int | None = None) -> tuple[Axis, Axis]
     """Height and width in pixels: multiples of `step`, up to twice `opt`."""
     least = low or step * max(1, 64 // step)
     opt = max(step, opt // step * step)
-    return (Axis("height", least, max(opt, least), 2 * max(opt, least), step),
-            Axis("width", least, max(opt, least), 2 * max(opt, least), step))
+    return (
+        Axis("height", least, max(opt, least), 2 * max(opt, least), step),
+        Axis("width", least, max(opt, least), 2 * max(opt, least), step),
+    )
 
 
 def latent_divisor(config: Config) -> int:
@@ -168,8 +170,9 @@ def flux_io(config: Config) -> Io:
     return Io(tuple(inputs), ("out_sample",), axes)
 
 
-def flux_forward(model: Any, hidden: Any, text: Any, pooled: Any, timestep: Any, img_ids: Any, txt_ids: Any,
-                 guidance: Any = None) -> tuple[Any, ...]:
+def flux_forward(
+    model: Any, hidden: Any, text: Any, pooled: Any, timestep: Any, img_ids: Any, txt_ids: Any, guidance: Any = None
+) -> tuple[Any, ...]:
     return (model(hidden, text, pooled, timestep, img_ids, txt_ids, guidance, return_dict=False)[0],)
 
 
@@ -261,8 +264,11 @@ def vae_decoder_forward(model: Any, latent: Any) -> tuple[Any, ...]:
 def clip_io(config: Config) -> Io:
     high = config["max_position_embeddings"]
     ids = TensorSpec("input_ids", ("batch", "tokens"), "int64", f"clip:{config['vocab_size']}")
-    return Io((ids,), ("last_hidden_state", "pooler_output", "penultimate_hidden_state"),
-              (BATCH, tokens_axis(min(77, high), high)))
+    return Io(
+        (ids,),
+        ("last_hidden_state", "pooler_output", "penultimate_hidden_state"),
+        (BATCH, tokens_axis(min(77, high), high)),
+    )
 
 
 def clip_projected_io(config: Config) -> Io:
@@ -286,7 +292,9 @@ def text_inputs(config: Config, *names: str) -> tuple[TensorSpec, ...]:
 
 
 def t5_io(config: Config) -> Io:
-    return Io(text_inputs(config, "input_ids", "attention_mask"), ("last_hidden_state",), (BATCH, tokens_axis(512, 512)))
+    return Io(
+        text_inputs(config, "input_ids", "attention_mask"), ("last_hidden_state",), (BATCH, tokens_axis(512, 512))
+    )
 
 
 def encoder_forward(model: Any, ids: Any, mask: Any) -> tuple[Any, ...]:
@@ -296,8 +304,9 @@ def encoder_forward(model: Any, ids: Any, mask: Any) -> tuple[Any, ...]:
 def bert_io(config: Config) -> Io:
     high = config["max_position_embeddings"]
     names = ["input_ids", "attention_mask", "token_type_ids"]
-    return Io(text_inputs(config, *names), ("last_hidden_state", "pooler_output"),
-              (BATCH, tokens_axis(min(128, high), high)))
+    return Io(
+        text_inputs(config, *names), ("last_hidden_state", "pooler_output"), (BATCH, tokens_axis(min(128, high), high))
+    )
 
 
 def bert_forward(model: Any, ids: Any, mask: Any, types: Any) -> tuple[Any, ...]:
@@ -309,8 +318,7 @@ def encoder_io(config: Config) -> Io:
     high = config.get("max_position_embeddings") or 512
     high -= 2 if config.get("model_type") in ("roberta", "xlm-roberta", "camembert", "mpnet") else 0
     first = "logits" if config.get("task_output") == "logits" else "last_hidden_state"
-    return Io(text_inputs(config, "input_ids", "attention_mask"), (first,),
-              (BATCH, tokens_axis(min(128, high), high)))
+    return Io(text_inputs(config, "input_ids", "attention_mask"), (first,), (BATCH, tokens_axis(min(128, high), high)))
 
 
 def vision_io(config: Config) -> Io:
@@ -336,8 +344,11 @@ def lm_io(config: Config) -> Io:
     size = config.get("head_dim") or hidden // heads
     kv_heads = config.get("num_key_value_heads") or heads
     high = config.get("max_position_embeddings") or config.get("n_positions") or 2048
-    past = [TensorSpec(f"past_key_values.{i}.{kind}", ("batch", kv_heads, "past", size))
-            for i in range(layers) for kind in ("key", "value")]
+    past = [
+        TensorSpec(f"past_key_values.{i}.{kind}", ("batch", kv_heads, "past", size))
+        for i in range(layers)
+        for kind in ("key", "value")
+    ]
     inputs = (
         TensorSpec("input_ids", ("batch", "tokens"), "int64", f"ids:{config['vocab_size']}"),
         TensorSpec("attention_mask", ("batch", "past+tokens"), "int64", "mask"),
@@ -354,8 +365,9 @@ def lm_forward(model: Any, ids: Any, mask: Any, positions: Any, *past: Any) -> t
     from transformers import DynamicCache
 
     pairs = list(zip(past[0::2], past[1::2], strict=True))
-    out = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True,
-                past_key_values=DynamicCache(pairs))
+    out = model(
+        input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, past_key_values=DynamicCache(pairs)
+    )
     layers = out.past_key_values.layers
     return (out.logits, *(t for layer in layers for t in (layer.keys, layer.values)))
 
@@ -369,8 +381,10 @@ def plain_forward(model: Any, *tensors: Any) -> tuple[Any, ...]:
     return out if isinstance(out, tuple) else (out,)
 
 
-VAE = (Adapter("vae_encoder", vae_encoder_io, vae_encoder_forward, "_encoder"),
-       Adapter("vae_decoder", vae_decoder_io, vae_decoder_forward, "_decoder"))
+VAE = (
+    Adapter("vae_encoder", vae_encoder_io, vae_encoder_forward, "_encoder"),
+    Adapter("vae_decoder", vae_decoder_io, vae_decoder_forward, "_decoder"),
+)
 LM = (Adapter("lm", lm_io, lm_forward),)
 CLIP_PROJECTED = (Adapter("text_encoder", clip_projected_io, clip_projected_forward),)
 VISION = (Adapter("vision_encoder", vision_io, vision_forward),)

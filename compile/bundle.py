@@ -1,4 +1,4 @@
-"""A bundle: a folder with `manifest.json`. Files come in whole or not at all, and the manifest claims only what is there."""
+"""A bundle: a folder with `manifest.json`. Files come in whole or not at all, and it claims only what is there."""
 
 from __future__ import annotations
 
@@ -48,22 +48,38 @@ class Bundle:
 
         path = root / MANIFEST
         if not path.is_file():
-            raise InputError(f"{root} is no bundle", got=f"no {MANIFEST}", expected="a folder that `optimize export` wrote",
-                             mend=f"optimize export SOURCE --out {root}")
+            raise InputError(
+                f"{root} is no bundle",
+                got=f"no {MANIFEST}",
+                expected="a folder that `optimize export` wrote",
+                mend=f"optimize export SOURCE --out {root}",
+            )
         try:
             content = json.loads(path.read_text())
             if isinstance(content, dict) and content.get("schema_version") != SCHEMA:
-                raise InputError(f"{path} has another schema", got=content.get("schema_version", "none"), expected=SCHEMA,
-                                 mend="export again with this version")
+                raise InputError(
+                    f"{path} has another schema",
+                    got=content.get("schema_version", "none"),
+                    expected=SCHEMA,
+                    mend="export again with this version",
+                )
             manifest = Manifest.model_validate(content)
         except ValidationError as e:
             first = e.errors()[0]
             where = ".".join(map(str, first["loc"]))
-            raise InputError(f"{path} is not a valid manifest", got=f"{where}: {first['msg']}" if where else first["msg"],
-                             expected="what `optimize export` wrote", mend="export again into a new folder") from e
+            raise InputError(
+                f"{path} is not a valid manifest",
+                got=f"{where}: {first['msg']}" if where else first["msg"],
+                expected="what `optimize export` wrote",
+                mend="export again into a new folder",
+            ) from e
         except (OSError, ValueError) as e:
-            raise InputError(f"{path} cannot be read", got=str(e), expected="whole JSON",
-                             mend="the file was cut or changed: export again into a new folder") from e
+            raise InputError(
+                f"{path} cannot be read",
+                got=str(e),
+                expected="whole JSON",
+                mend="the file was cut or changed: export again into a new folder",
+            ) from e
         return Bundle(root, manifest)
 
     @staticmethod
@@ -74,21 +90,29 @@ class Bundle:
         """
         with disk_errors(root):
             if root.exists() and not root.is_dir():
-                raise InputError("--out is a file", got=root, expected="a folder to write into",
-                                 mend="choose another --out")
+                raise InputError(
+                    "--out is a file", got=root, expected="a folder to write into", mend="choose another --out"
+                )
             if (root / MANIFEST).exists():
                 bundle = Bundle.read(root)
                 if bundle.manifest.source == source:
                     return bundle
                 if bundle.manifest.artifacts:
-                    raise InputError(f"{root} is the bundle of another source", got=bundle.manifest.source,
-                                     expected=source, mend="choose another --out")
+                    raise InputError(
+                        f"{root} is the bundle of another source",
+                        got=bundle.manifest.source,
+                        expected=source,
+                        mend="choose another --out",
+                    )
                 return None
             names = sorted(p.name for p in root.iterdir()) if root.is_dir() else []
             if any(not name.startswith(LEFT_BEHIND) for name in names):
-                raise InputError(f"{root} is not empty and no bundle", got=", ".join(names[:4]),
-                                 expected="an empty or new folder, or a bundle to go on with",
-                                 mend="choose another --out")
+                raise InputError(
+                    f"{root} is not empty and no bundle",
+                    got=", ".join(names[:4]),
+                    expected="an empty or new folder, or a bundle to go on with",
+                    mend="choose another --out",
+                )
             return None
 
     @staticmethod
@@ -138,34 +162,51 @@ class Bundle:
 
     def component(self, name: str) -> ComponentRecord:
         if name not in self.manifest.components:
-            raise InputError(f"the bundle has no component {name}", got=", ".join(self.manifest.components) or "none",
-                             expected="one of these", mend=f"optimize export {self.manifest.source} --component {name}")
+            raise InputError(
+                f"the bundle has no component {name}",
+                got=", ".join(self.manifest.components) or "none",
+                expected="one of these",
+                mend=f"optimize export {self.manifest.source} --component {name}",
+            )
         return self.manifest.components[name]
 
     def artifacts(self, component: str | None = None, kind: str | None = None) -> list[Artifact]:
-        return [a for a in self.manifest.artifacts.values()
-                if component in (None, a.component) and kind in (None, a.kind)]
+        return [
+            a for a in self.manifest.artifacts.values() if component in (None, a.component) and kind in (None, a.kind)
+        ]
 
     def path(self, artifact: Artifact) -> Path:
         """The artifact's file. Raises GateError where a link leads out of the bundle."""
         path = self.root / artifact.path
         if not path.resolve().is_relative_to(self.root.resolve()):
-            raise GateError(f"{artifact.path} leads out of the bundle", got=path.resolve(), expected=f"a file in {self.root}")
+            raise GateError(
+                f"{artifact.path} leads out of the bundle", got=path.resolve(), expected=f"a file in {self.root}"
+            )
         return path
 
     def check(self, artifact: Artifact, *, fresh: bool = False) -> None:
         """The file is there and is the one that the manifest knows. Raises GateError otherwise."""
         path = self.path(artifact)
         if not path.is_file():
-            raise GateError(f"{artifact.path} is missing", mend="run the same `optimize export` again: it makes what is missing")
+            raise GateError(
+                f"{artifact.path} is missing", mend="run the same `optimize export` again: it makes what is missing"
+            )
         size = path.stat().st_size
         if size != artifact.bytes:
-            raise GateError(f"{artifact.path} was cut or changed", got=f"{size} bytes", expected=f"{artifact.bytes} bytes",
-                            mend="run the same `optimize export` again")
+            raise GateError(
+                f"{artifact.path} was cut or changed",
+                got=f"{size} bytes",
+                expected=f"{artifact.bytes} bytes",
+                mend="run the same `optimize export` again",
+            )
         digest = digest_of_file(path, fresh=fresh)
         if digest != artifact.sha256:
-            raise GateError(f"{artifact.path} is not the file that was proved", got=f"sha256 {digest}",
-                            expected=f"sha256 {artifact.sha256}", mend="run the same `optimize export` again")
+            raise GateError(
+                f"{artifact.path} is not the file that was proved",
+                got=f"sha256 {digest}",
+                expected=f"sha256 {artifact.sha256}",
+                mend="run the same `optimize export` again",
+            )
         if artifact.kind == "onnx":
             self._check_references(artifact)
 
@@ -180,9 +221,12 @@ class Bundle:
         for tensor in filter(uses_external_data, _get_all_tensors(onnx.load(path, load_external_data=False))):
             location = next((entry.value for entry in tensor.external_data if entry.key == "location"), "")
             if location not in allowed:
-                raise GateError(f"{artifact.path} takes weights from a file that is no part of it",
-                                got=f"{tensor.name}: {location}", expected=", ".join(sorted(allowed)) or "none",
-                                mend="export again into a new folder")
+                raise GateError(
+                    f"{artifact.path} takes weights from a file that is no part of it",
+                    got=f"{tensor.name}: {location}",
+                    expected=", ".join(sorted(allowed)) or "none",
+                    mend="export again into a new folder",
+                )
 
     def whole(self, artifact: Artifact) -> bool:
         try:
@@ -212,8 +256,12 @@ class Bundle:
         target = self.root / relative
         target.parent.mkdir(parents=True, exist_ok=True)
         if not target.parent.resolve().is_relative_to(self.root.resolve()):
-            raise InputError(f"{relative} leads out of the bundle", got=target.parent.resolve(),
-                             expected=f"a folder in {self.root}", mend="remove the link, or choose another --out")
+            raise InputError(
+                f"{relative} leads out of the bundle",
+                got=target.parent.resolve(),
+                expected=f"a folder in {self.root}",
+                mend="remove the link, or choose another --out",
+            )
         self._withdraw(relative, file)
         with file.open("rb") as handle:
             os.fsync(handle.fileno())
@@ -266,8 +314,12 @@ def take_lock(root: Path) -> IO[str]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as e:
             file.close()
-            raise InputError(f"another process writes to {root}", got=str(e), expected="one at a time",
-                             mend="wait for it, or choose another --out") from e
+            raise InputError(
+                f"another process writes to {root}",
+                got=str(e),
+                expected="one at a time",
+                mend="wait for it, or choose another --out",
+            ) from e
         with contextlib.suppress(FileNotFoundError):  # its last holder may have taken the file away
             if (root / LOCK).stat().st_ino == os.fstat(file.fileno()).st_ino:
                 return file
@@ -278,7 +330,9 @@ def record_of(component: Component) -> ComponentRecord:
     from .records import AxisRecord, ComponentRecord, TensorRecord
 
     return ComponentRecord(
-        name=component.name, role=component.role, class_name=component.class_name,
+        name=component.name,
+        role=component.role,
+        class_name=component.class_name,
         axes={n: AxisRecord(min=a.min, opt=a.opt, max=a.max, step=a.step) for n, a in component.axes.items()},
         inputs=[TensorRecord(name=t.name, dtype=t.dtype, shape=list(t.shape), fill=t.fill) for t in component.inputs],
         outputs=list(component.outputs),
@@ -295,12 +349,19 @@ def disk_errors(root: Path) -> Iterator[None]:
         yield
     except OSError as e:
         if e.errno in NO_SPACE:
-            raise MissingError(f"no space left for {root}", got=str(e),
-                               expected="room on the disk, in the quota and below `ulimit -f`",
-                               mend="free some, or choose another --out; what was finished is kept") from e
+            raise MissingError(
+                f"no space left for {root}",
+                got=str(e),
+                expected="room on the disk, in the quota and below `ulimit -f`",
+                mend="free some, or choose another --out; what was finished is kept",
+            ) from e
         here = Path.cwd() / root
         about = Path.cwd() / os.fsdecode(e.filename) if isinstance(e.filename, str | bytes) else here
         if e.errno is None or not (about.is_relative_to(here) or here.is_relative_to(about)):
             raise
-        raise InputError(f"{root} cannot be written", got=str(e), expected="a folder that can be made and written to",
-                         mend="choose another --out, or change its rights") from e
+        raise InputError(
+            f"{root} cannot be written",
+            got=str(e),
+            expected="a folder that can be made and written to",
+            mend="choose another --out, or change its rights",
+        ) from e

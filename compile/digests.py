@@ -12,7 +12,10 @@ from optimize.errors import InputError
 
 def cache_folder() -> Path:
     """Where this product keeps what can be made again: `OPTIMIZE_CACHE`, or the user's cache folder."""
-    base = os.environ.get("OPTIMIZE_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "optimize"
+    base = (
+        os.environ.get("OPTIMIZE_CACHE")
+        or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "optimize"
+    )
     return Path(base)
 
 

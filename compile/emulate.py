@@ -40,8 +40,11 @@ def emulated_bf16(model: ir.Model) -> ir.Model:
 def within_operator(value: ir.Value, node: ir.Node) -> bool:
     """Whether the value never leaves one torch operator (MatMul before its bias, Sigmoid inside SiLU)."""
     origin = node.metadata_props.get(ORIGIN)
-    return bool(origin) and not value.is_graph_output() and all(
-        use.node.metadata_props.get(ORIGIN) == origin for use in value.uses())
+    return (
+        bool(origin)
+        and not value.is_graph_output()
+        and all(use.node.metadata_props.get(ORIGIN) == origin for use in value.uses())
+    )
 
 
 def rounded(graph: ir.Graph, value: ir.Value, after: ir.Node | None) -> None:

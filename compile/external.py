@@ -21,9 +21,16 @@ from .weights import Weights
 INLINE_BYTES = 1024  # smaller tensors stay in the graph, where Netron shows them
 
 SAFETENSORS_TYPES = {
-    ir.DataType.FLOAT: "F32", ir.DataType.FLOAT16: "F16", ir.DataType.BFLOAT16: "BF16", ir.DataType.DOUBLE: "F64",
-    ir.DataType.INT64: "I64", ir.DataType.INT32: "I32", ir.DataType.INT16: "I16", ir.DataType.INT8: "I8",
-    ir.DataType.UINT8: "U8", ir.DataType.BOOL: "BOOL",
+    ir.DataType.FLOAT: "F32",
+    ir.DataType.FLOAT16: "F16",
+    ir.DataType.BFLOAT16: "BF16",
+    ir.DataType.DOUBLE: "F64",
+    ir.DataType.INT64: "I64",
+    ir.DataType.INT32: "I32",
+    ir.DataType.INT16: "I16",
+    ir.DataType.INT8: "I8",
+    ir.DataType.UINT8: "U8",
+    ir.DataType.BOOL: "BOOL",
 }
 
 
@@ -47,8 +54,13 @@ class WeightTensor(ir.LazyTensor):
     def __init__(self, recipe: Recipe, weights: Weights) -> None:
         self.recipe, self.weights = recipe, weights
         shape = [recipe.shape[i] for i in recipe.perm] if recipe.perm else recipe.shape
-        super().__init__(lambda: ir.tensor(raw_array(recipe.make(weights)), dtype=TYPES[recipe.dtype]),
-                         dtype=TYPES[recipe.dtype], shape=ir.Shape(shape), name=recipe.name, cache=False)
+        super().__init__(
+            lambda: ir.tensor(raw_array(recipe.make(weights)), dtype=TYPES[recipe.dtype]),
+            dtype=TYPES[recipe.dtype],
+            shape=ir.Shape(shape),
+            name=recipe.name,
+            cache=False,
+        )
 
     def permuted(self, perm: tuple[int, ...]) -> WeightTensor:
         old = self.recipe.perm or tuple(range(len(self.recipe.shape)))
@@ -57,7 +69,9 @@ class WeightTensor(ir.LazyTensor):
         return WeightTensor(Recipe(self.recipe.name, self.recipe.dtype, self.recipe.shape, kept), self.weights)
 
 
-def weight_maker(weights: Weights, same_as: Mapping[str, str]) -> Callable[[str, tuple[int, ...], torch.dtype], WeightTensor]:
+def weight_maker(
+    weights: Weights, same_as: Mapping[str, str]
+) -> Callable[[str, tuple[int, ...], torch.dtype], WeightTensor]:
     """What the translator asks for initializers. `same_as` maps a tied name to the one that is stored."""
     return lambda name, shape, dtype: WeightTensor(Recipe(same_as.get(name, name), dtype, shape), weights)
 
@@ -88,8 +102,11 @@ def header_of(model: ir.Model, metadata: Mapping[str, str] | None = None) -> byt
     header: dict[str, object] = {"__metadata__": dict(metadata or {})}
     offset = 0
     for key, tensor in ordered(model).items():
-        header[key] = {"dtype": SAFETENSORS_TYPES[tensor.dtype], "shape": [int(d) for d in tensor.shape.numpy()],
-                       "data_offsets": [offset, offset + tensor.nbytes]}
+        header[key] = {
+            "dtype": SAFETENSORS_TYPES[tensor.dtype],
+            "shape": [int(d) for d in tensor.shape.numpy()],
+            "data_offsets": [offset, offset + tensor.nbytes],
+        }
         offset += tensor.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     return text + b" " * (-(8 + len(text)) % 64)
@@ -106,7 +123,9 @@ def entries_of(header: bytes) -> dict[str, object]:
     return {k: v for k, v in json.loads(header).items() if k != "__metadata__"}
 
 
-def write_weights(model: ir.Model, path: Path, metadata: Mapping[str, str], progress: Callable[[int, int], None]) -> None:
+def write_weights(
+    model: ir.Model, path: Path, metadata: Mapping[str, str], progress: Callable[[int, int], None]
+) -> None:
     """Streams the model's large tensors into `path`, one at a time; `progress(done_bytes, all_bytes)` after each."""
     header = header_of(model, metadata)
     tensors = ordered(model)
@@ -128,8 +147,15 @@ def point_at(model: ir.Model, location: str, header: bytes) -> None:
         tensor = value.const_value
         assert tensor is not None
         low, high = entries[key]["data_offsets"]
-        value.const_value = ir.ExternalTensor(location, start + low, high - low, tensor.dtype, shape=ir.Shape(tensor.shape.numpy()),
-                                              name=str(value.name), base_dir="")
+        value.const_value = ir.ExternalTensor(
+            location,
+            start + low,
+            high - low,
+            tensor.dtype,
+            shape=ir.Shape(tensor.shape.numpy()),
+            name=str(value.name),
+            base_dir="",
+        )
 
 
 def inline_small(model: ir.Model) -> None:
@@ -146,7 +172,8 @@ def stripped(model: ir.Model) -> ir.Model:
     for value in copy.graph.initializers.values():
         tensor = value.const_value
         if isinstance(tensor, ir.ExternalTensor):
-            empty = onnx.TensorProto(name=str(value.name), data_type=int(tensor.dtype),
-                                              dims=[int(d) for d in tensor.shape.numpy()])
+            empty = onnx.TensorProto(
+                name=str(value.name), data_type=int(tensor.dtype), dims=[int(d) for d in tensor.shape.numpy()]
+            )
             value.const_value = ir.serde.TensorProtoTensor(empty)
     return copy

@@ -63,7 +63,12 @@ FILLS: Mapping[str, Callable[..., torch.Tensor]] = {
     "unit": lambda shape, rng, *_: torch.rand(shape, generator=rng),
     "guidance": lambda shape, *_: torch.full(shape, 3.5),
     "zeros": lambda shape, *_: torch.zeros(shape),
-    "ids": _ids, "clip": _clip, "mask": _mask, "after": _after, "positions": _positions, "size": _size,
+    "ids": _ids,
+    "clip": _clip,
+    "mask": _mask,
+    "after": _after,
+    "positions": _positions,
+    "size": _size,
 }
 
 

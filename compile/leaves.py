@@ -14,7 +14,10 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 ACTIVATIONS: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "silu": F.silu, "relu": F.relu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "silu": F.silu,
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
 }
 _library = torch.library.Library("optimize", "DEF")
 
@@ -36,15 +39,24 @@ attention = _leaf(
     "attention(Tensor q, Tensor k, Tensor v, Tensor? mask, bool causal, float? scale) -> Tensor",
     lambda q, k, v, mask, causal, scale: q.new_empty((*q.shape[:-1], v.shape[-1])),
     lambda q, k, v, mask, causal, scale: F.scaled_dot_product_attention(
-        q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]),
+        q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+    ),
 )
-group_norm = _leaf("group_norm(Tensor x, int groups, Tensor? weight, Tensor? bias, float eps) -> Tensor", _like, F.group_norm)
-layer_norm = _leaf("layer_norm(Tensor x, int dims, Tensor? weight, Tensor? bias, float eps) -> Tensor", _like,
-                   lambda x, dims, weight, bias, eps: F.layer_norm(x, x.shape[-dims:], weight, bias, eps))
-rms_norm = _leaf("rms_norm(Tensor x, int dims, Tensor? weight, float? eps) -> Tensor", _like,
-                 lambda x, dims, weight, eps: F.rms_norm(x, x.shape[-dims:], weight, eps))
+group_norm = _leaf(
+    "group_norm(Tensor x, int groups, Tensor? weight, Tensor? bias, float eps) -> Tensor", _like, F.group_norm
+)
+layer_norm = _leaf(
+    "layer_norm(Tensor x, int dims, Tensor? weight, Tensor? bias, float eps) -> Tensor",
+    _like,
+    lambda x, dims, weight, bias, eps: F.layer_norm(x, x.shape[-dims:], weight, bias, eps),
+)
+rms_norm = _leaf(
+    "rms_norm(Tensor x, int dims, Tensor? weight, float? eps) -> Tensor",
+    _like,
+    lambda x, dims, weight, eps: F.rms_norm(x, x.shape[-dims:], weight, eps),
+)
 activation = _leaf("activation(Tensor x, str kind) -> Tensor", _like, lambda x, kind: ACTIVATIONS[kind](x))
-softmax = _leaf("softmax(Tensor x, int dim) -> Tensor", _like, lambda x, dim: F.softmax(x, dim))
+softmax = _leaf("softmax(Tensor x, int dim) -> Tensor", _like, F.softmax)
 linear = _leaf(
     "linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
     lambda x, weight, bias: x.new_empty((*x.shape[:-1], weight.shape[0])),
@@ -54,12 +66,21 @@ resize = _leaf(
     "resize(Tensor x, SymInt height, SymInt width, str mode, bool align_corners, float[] scales) -> Tensor",
     lambda x, height, width, mode, align_corners, scales: x.new_empty((*x.shape[:2], height, width)),
     lambda x, height, width, mode, align_corners, scales: F.interpolate(
-        x, (height, width), mode=mode, align_corners=align_corners if mode != "nearest" else None),
+        x, (height, width), mode=mode, align_corners=align_corners if mode != "nearest" else None
+    ),
 )
 
 
-def _attention(query: Any, key: Any, value: Any, attn_mask: Any = None, dropout_p: float = 0.0, is_causal: bool = False,
-               scale: float | None = None, enable_gqa: bool = False) -> Any:
+def _attention(
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: Any = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Any:
     if query.ndim != 4 or dropout_p:
         return NotImplemented
     return attention(query, key, value, attn_mask, is_causal, scale)
@@ -87,8 +108,15 @@ def _softmax(input: Any, dim: int | None = None, _stacklevel: int = 3, dtype: An
     return softmax(input if dtype is None else input.to(dtype), dim)
 
 
-def _resize(input: Any, size: Any = None, scale_factor: Any = None, mode: str = "nearest", align_corners: Any = None,
-            recompute_scale_factor: Any = None, antialias: bool = False) -> Any:
+def _resize(
+    input: Any,
+    size: Any = None,
+    scale_factor: Any = None,
+    mode: str = "nearest",
+    align_corners: Any = None,
+    recompute_scale_factor: Any = None,
+    antialias: bool = False,
+) -> Any:
     known = mode in ("nearest", "bilinear", "bicubic") and input.ndim == 4
     if not known or antialias or recompute_scale_factor:
         return NotImplemented
@@ -125,8 +153,22 @@ LEAVES: Mapping[Any, Callable[..., Any]] = {
 }
 
 
-MAKERS = frozenset({torch.arange, torch.empty, torch.eye, torch.full, torch.linspace, torch.ones, torch.zeros,
-                    torch.tril_indices, torch.triu_indices, torch.rand, torch.randn, torch.randint})
+MAKERS = frozenset(
+    {
+        torch.arange,
+        torch.empty,
+        torch.eye,
+        torch.full,
+        torch.linspace,
+        torch.ones,
+        torch.zeros,
+        torch.tril_indices,
+        torch.triu_indices,
+        torch.rand,
+        torch.randn,
+        torch.randint,
+    }
+)
 LITERALS = frozenset({torch.tensor, torch.as_tensor, torch.asarray, torch.from_numpy})
 
 

@@ -50,8 +50,9 @@ def same_as(module: torch.nn.Module) -> dict[str, str]:
     return found
 
 
-def graph_from_component(component: Component, precision: str, opset: int,
-                         timed: Callable[[str], Any]) -> tuple[ir.Model, Traced, dict[str, passes.PassResult]]:
+def graph_from_component(
+    component: Component, precision: str, opset: int, timed: Callable[[str], Any]
+) -> tuple[ir.Model, Traced, dict[str, passes.PassResult]]:
     """Trace, bind weights, translate, clean up. Raises GateError with the operators that cannot be translated."""
     with timed("trace"):
         traced = trace_component(component, precision)
@@ -61,8 +62,11 @@ def graph_from_component(component: Component, precision: str, opset: int,
         try:
             model = translate(traced, component, opset, external.weight_maker(weights, same_as(traced.module)))
         except Untranslated as e:
-            raise GateError(f"{component.name} uses operators that have no ONNX form here", got=str(e),
-                            mend="report them, or write the part with other operators") from e
+            raise GateError(
+                f"{component.name} uses operators that have no ONNX form here",
+                got=str(e),
+                mend="report them, or write the part with other operators",
+            ) from e
     with timed("clean up"):
         merge_tied(model)
         results = passes.clean_up(model, opset)

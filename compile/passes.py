@@ -87,10 +87,24 @@ def take_users(graph: ir.Graph, old: ir.Value, new: ir.Value) -> None:
         new.name, old.name = old.name, f"{old.name}.old"
 
 
-def before(graph: ir.Graph, place: ir.Node, kind: str, inputs: Sequence[ir.Value | None], *, scope: str,
-           like: ir.Value | None = None, shape: Iterable[Any] | None = None, **attributes: Any) -> ir.Node:
-    node = ir.node(kind, list(inputs), {k: v for k, v in attributes.items() if v is not None},
-                   name=f"{scope}/{kind}" if scope else kind, metadata_props=dict(place.metadata_props))
+def before(
+    graph: ir.Graph,
+    place: ir.Node,
+    kind: str,
+    inputs: Sequence[ir.Value | None],
+    *,
+    scope: str,
+    like: ir.Value | None = None,
+    shape: Iterable[Any] | None = None,
+    **attributes: Any,
+) -> ir.Node:
+    node = ir.node(
+        kind,
+        list(inputs),
+        {k: v for k, v in attributes.items() if v is not None},
+        name=f"{scope}/{kind}" if scope else kind,
+        metadata_props=dict(place.metadata_props),
+    )
     value = node.outputs[0]
     value.name = f"{place.name}>{kind}{len(inputs)}" if like is None else f"{place.name}>{kind}"
     if like is not None:
@@ -106,7 +120,9 @@ def constant(graph: ir.Graph, array: Any, name: str) -> ir.Value:
     value = graph.initializers.get(name)
     if value is None:
         tensor = ir.tensor(np.asarray(array), name=name)
-        value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape.numpy()), const_value=tensor)
+        value = ir.Value(
+            name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape.numpy()), const_value=tensor
+        )
         graph.register_initializer(value)
     return value
 
@@ -164,8 +180,25 @@ def merge_reshapes(graph: ir.Graph, node: ir.Node) -> str:
     return DONE
 
 
-BROADCASTING = frozenset({"Add", "Sub", "Mul", "Div", "Where", "Pow", "And", "Or", "Less", "Greater", "Equal",
-                          "LessOrEqual", "GreaterOrEqual", "Max", "Min"})
+BROADCASTING = frozenset(
+    {
+        "Add",
+        "Sub",
+        "Mul",
+        "Div",
+        "Where",
+        "Pow",
+        "And",
+        "Or",
+        "Less",
+        "Greater",
+        "Equal",
+        "LessOrEqual",
+        "GreaterOrEqual",
+        "Max",
+        "Min",
+    }
+)
 
 
 def drop_identity(graph: ir.Graph, node: ir.Node) -> str:
@@ -191,7 +224,7 @@ def drop_expand(graph: ir.Graph, node: ir.Node) -> str:
         if user.op_type not in BROADCASTING:
             return NOT_MINE
         others = [v for v in user.inputs if v is not None and v is not out and v.shape is not None]
-        if not any([str(d) for d in v.shape or ()][-len(full):] == full for v in others):
+        if not any([str(d) for d in v.shape or ()][-len(full) :] == full for v in others):
             return "no other operand has the full size"
     assert node.inputs[0] is not None
     take_users(graph, out, node.inputs[0])
@@ -199,7 +232,7 @@ def drop_expand(graph: ir.Graph, node: ir.Node) -> str:
 
 
 def fuse_rms_norm(graph: ir.Graph, node: ir.Node) -> str:
-    """`x * rsqrt(mean(x * x) + eps) * weight` (Zhang and Sennrich 2019), with the casts around it that keep it in fp32."""
+    """`x * rsqrt(mean(x * x) + eps) * weight` (Zhang and Sennrich 2019), with the casts that keep it in fp32."""
     root = producer(node.inputs[0], "Sqrt")
     added = producer(root.inputs[0], "Add") if root else None
     if added is None:
@@ -237,7 +270,9 @@ def rms_norm_with_weight(graph: ir.Graph, x: ir.Value, scaled: ir.Node, epsilon:
     if weight is None:
         if x.shape is None or not isinstance(x.shape[-1], int) or source.dtype is None:
             return "there is no weight, and the last size is not known"
-        weight = constant(graph, np.ones(x.shape[-1], dtype=source.dtype.numpy()), f"ones.{x.shape[-1]}.{source.dtype.name}")
+        weight = constant(
+            graph, np.ones(x.shape[-1], dtype=source.dtype.numpy()), f"ones.{x.shape[-1]}.{source.dtype.name}"
+        )
     replace(graph, end, "RMSNormalization", [source, weight], axis=-1, epsilon=epsilon)
     return DONE
 
@@ -259,14 +294,19 @@ def doubled(value: ir.Value | None) -> bool:
     return False
 
 
-def fuse_rotary(graph: ir.Graph, node: ir.Node) -> str:
+def fuse_rotary(graph: ir.Graph, node: ir.Node) -> str:  # noqa: PLR0911 - each return is a reason
     """`x * cos + rotate_half(x) * sin` (Su et al. 2021, section 3.4.2), halves split as in llama."""
     left, right = (producer(v, "Mul") for v in node.inputs)
     if left is None or right is None:
         return NOT_MINE
     turned = next((producer(v, "Concat") for v in right.inputs if producer(v, "Concat")), None)
     halves = [v.producer() for v in turned.inputs if v is not None] if turned else []
-    if len(halves) != 2 or halves[0] is None or halves[0].op_type != "Neg" or producer(turned.inputs[1] if turned else None, "Slice") is None:
+    if (
+        len(halves) != 2
+        or halves[0] is None
+        or halves[0].op_type != "Neg"
+        or producer(turned.inputs[1] if turned else None, "Slice") is None
+    ):
         return NOT_MINE
     second, first = producer(halves[0].inputs[0], "Slice"), halves[1]
     if second is None or first is None or turned is None:
@@ -329,8 +369,17 @@ def pack_attention(graph: ir.Graph, node: ir.Node) -> str:
     if back is None or merge is None or merge.op_type != "Reshape" or rank_of(merge.outputs[0]) != 3:
         return "the output does not go straight back to [batch, tokens, channels]"
     attributes = {k: a.value for k, a in node.attributes.items()}
-    new = before(graph, node, "Attention", [*packed, *node.inputs[3:]], scope=str(node.name).rpartition("/")[0],
-                 like=merge.outputs[0], **attributes, q_num_heads=heads[0], kv_num_heads=heads[1])
+    new = before(
+        graph,
+        node,
+        "Attention",
+        [*packed, *node.inputs[3:]],
+        scope=str(node.name).rpartition("/")[0],
+        like=merge.outputs[0],
+        **attributes,
+        q_num_heads=heads[0],
+        kv_num_heads=heads[1],
+    )
     new.metadata_props.update(merge.metadata_props)
     take_users(graph, merge.outputs[0], new.outputs[0])
     return DONE

@@ -64,12 +64,15 @@ class Parity(Record):
         return max((o.relative for s in self.shapes for o in s.outputs), default=0.0)
 
 
+Kind = Literal["onnx", "weights", "view", "engine", "aoti"]
+
+
 class Artifact(Record):
-    """A file of the bundle. `key` names everything that it depends on; `parents` are ids of artifacts it was made of."""
+    """A file of the bundle. `key` names all that it depends on; `parents` are ids of artifacts it was made of."""
 
     id: str
     component: str
-    kind: Literal["onnx", "weights", "view", "engine", "aoti"]
+    kind: Kind
     path: InsidePath
     bytes: int
     sha256: str

@@ -33,7 +33,9 @@ class Runner(Protocol):
 
 def check_names(feeds: Feeds, expected: Sequence[str]) -> None:
     if set(feeds) != set(expected):
-        raise InputError("the feeds do not fit the component", got=", ".join(sorted(feeds)), expected=", ".join(expected))
+        raise InputError(
+            "the feeds do not fit the component", got=", ".join(sorted(feeds)), expected=", ".join(expected)
+        )
 
 
 # --- eager -----------------------------------------------------------------------------------------------------------
@@ -69,8 +71,17 @@ class HalfProducts(TorchFunctionMode):
     a 320-channel convolution), 30 times slower for a convolution and 3 times for a linear layer.
     """
 
-    PRODUCTS = frozenset({torch.conv1d, torch.conv2d, torch.conv3d, torch.conv_transpose2d, torch.nn.functional.linear,
-                          torch.matmul, torch.bmm})
+    PRODUCTS = frozenset(
+        {
+            torch.conv1d,
+            torch.conv2d,
+            torch.conv3d,
+            torch.conv_transpose2d,
+            torch.nn.functional.linear,
+            torch.matmul,
+            torch.bmm,
+        }
+    )
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         first = args[0] if args else None
@@ -97,7 +108,9 @@ class EagerRunner:
             self._module = loaded_module(self.component, self.precision)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._module = None
 
     def infer(self, feeds: Feeds) -> dict[str, torch.Tensor]:
@@ -142,8 +155,14 @@ def streamed_module(component: Component, precision: str) -> torch.nn.Module:
 
 # --- ONNX Runtime ----------------------------------------------------------------------------------------------------
 
-NUMPY_OF_ORT = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64,
-                "tensor(int32)": np.int32, "tensor(bool)": np.bool_, "tensor(double)": np.float64}
+NUMPY_OF_ORT = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(int64)": np.int64,
+    "tensor(int32)": np.int32,
+    "tensor(bool)": np.bool_,
+    "tensor(double)": np.float64,
+}
 
 
 class OnnxRuntimeRunner:
@@ -151,7 +170,9 @@ class OnnxRuntimeRunner:
 
     name = "onnxruntime"
 
-    def __init__(self, path: Path, provider: str = "CPUExecutionProvider", *, threads: int = 0, optimize: bool = True) -> None:
+    def __init__(
+        self, path: Path, provider: str = "CPUExecutionProvider", *, threads: int = 0, optimize: bool = True
+    ) -> None:
         self.path, self.provider, self.threads, self.optimize = path, provider, threads, optimize
         self._session: Any = None
 
@@ -161,7 +182,9 @@ class OnnxRuntimeRunner:
         import onnxruntime as ort
 
         if self.provider not in ort.get_available_providers():
-            raise MissingError(f"ONNX Runtime has no {self.provider} here", got=", ".join(ort.get_available_providers()))
+            raise MissingError(
+                f"ONNX Runtime has no {self.provider} here", got=", ".join(ort.get_available_providers())
+            )
         options = ort.SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads = self.threads
@@ -173,7 +196,9 @@ class OnnxRuntimeRunner:
             raise MissingError(f"ONNX Runtime fell back from {self.provider}", got=self._session.get_providers())
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._session = None
 
     def infer(self, feeds: Feeds) -> dict[str, torch.Tensor]:
@@ -181,7 +206,9 @@ class OnnxRuntimeRunner:
         inputs = {i.name: i.type for i in self._session.get_inputs()}
         unused = set(feeds) - set(inputs)
         check_names({n: t for n, t in feeds.items() if n not in unused}, list(inputs))
-        arrays: dict[str, Any] = {n: feeds[n].numpy().astype(NUMPY_OF_ORT[kind], copy=False) for n, kind in inputs.items()}
+        arrays: dict[str, Any] = {
+            n: feeds[n].numpy().astype(NUMPY_OF_ORT[kind], copy=False) for n, kind in inputs.items()
+        }
         names = [o.name for o in self._session.get_outputs()]
         return {n: torch.from_numpy(np.asarray(v)) for n, v in zip(names, self._session.run(None, arrays), strict=True)}
 

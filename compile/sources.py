@@ -57,8 +57,12 @@ def source_from_text(text: str, trust: Trust = Trust(), wanted: Sequence[str] = 
         return Source(text, components_of_factory(rest))
     folder = demo_folder() if text == "demo" else Path(text) if is_local(text) else folder_of_hub(text)
     if not folder.is_dir():
-        raise InputError("the source is a file", got=text, expected="a folder that save_pretrained wrote",
-                         mend="name the folder that holds model_index.json or config.json")
+        raise InputError(
+            "the source is a file",
+            got=text,
+            expected="a folder that save_pretrained wrote",
+            mend="name the folder that holds model_index.json or config.json",
+        )
     return Source(text, tuple(components_of_folder(folder, trust, wanted)), folder)
 
 
@@ -85,8 +89,11 @@ def components_of_architecture(name: str) -> Iterator[Component]:
     plain, _, size = name.partition("@")
     parts = PIPELINES.get(plain) or ({plain: plain} if plain in ARCHITECTURES else None)
     if parts is None or size not in ("", "tiny"):
-        raise InputError(f"unknown architecture {name}", expected="one of " + ", ".join(sorted({*PIPELINES, *ARCHITECTURES})),
-                         mend="arch:NAME for full size, arch:NAME@tiny for a small one of the same shape")
+        raise InputError(
+            f"unknown architecture {name}",
+            expected="one of " + ", ".join(sorted({*PIPELINES, *ARCHITECTURES})),
+            mend="arch:NAME for full size, arch:NAME@tiny for a small one of the same shape",
+        )
     configs = {part: config_of(ARCHITECTURES[key], size == "tiny") for part, key in parts.items()}
     facts = pipeline_facts(configs)
     for part, key in parts.items():
@@ -125,8 +132,12 @@ def class_of(library: str, class_name: str) -> Any:
         return getattr(stylegan, class_name)
     found = getattr(importlib.import_module(library), class_name, None)
     if found is None:
-        raise InputError(f"{library} has no class {class_name}", got=f"{library} {version_of(library)}",
-                         expected="a class of the installed version", mend=f"update {library}, or check the config")
+        raise InputError(
+            f"{library} has no class {class_name}",
+            got=f"{library} {version_of(library)}",
+            expected="a class of the installed version",
+            mend=f"update {library}, or check the config",
+        )
     return found
 
 
@@ -143,16 +154,28 @@ def make_module(library: str, class_name: str, config: Mapping[str, Any]) -> Any
     return cls.from_config(dict(config)) if hasattr(cls, "from_config") else cls(**config)
 
 
-def components_of_network(name: str, class_name: str, config: Mapping[str, Any], make: Callable[[], Any],
-                          weights: Weights, task: str | None = None) -> Iterator[Component]:
+def components_of_network(
+    name: str,
+    class_name: str,
+    config: Mapping[str, Any],
+    make: Callable[[], Any],
+    weights: Weights,
+    task: str | None = None,
+) -> Iterator[Component]:
     """One component for each adapter of the class (two for a VAE)."""
     for adapter in adapters_for(class_name, task):
         with config_errors(class_name):
             io = adapter.io(config)
             axes = {a.name: replace(a, limit=limit_of(a, adapter.role, config)) for a in io.axes}
         yield Component(
-            name=name + adapter.suffix, role=adapter.role, class_name=class_name, axes=axes,
-            inputs=io.inputs, outputs=io.outputs, build=partial(build_on_meta, make, adapter, class_name), weights=weights,
+            name=name + adapter.suffix,
+            role=adapter.role,
+            class_name=class_name,
+            axes=axes,
+            inputs=io.inputs,
+            outputs=io.outputs,
+            build=partial(build_on_meta, make, adapter, class_name),
+            weights=weights,
             config=config,
         )
 
@@ -173,9 +196,12 @@ def config_errors(class_name: str) -> Iterator[None]:
         raise
     except Exception as e:
         said = " ".join(str(e).split())
-        raise InputError(f"{class_name} cannot be made from its config", got=f"{type(e).__name__}: {said[:300]}",
-                         expected="a config.json as save_pretrained wrote it, for the installed version",
-                         mend="fetch config.json again, or update diffusers and transformers") from e
+        raise InputError(
+            f"{class_name} cannot be made from its config",
+            got=f"{type(e).__name__}: {said[:300]}",
+            expected="a config.json as save_pretrained wrote it, for the installed version",
+            mend="fetch config.json again, or update diffusers and transformers",
+        ) from e
 
 
 def build_on_meta(make: Callable[[], Any], adapter: Adapter, class_name: str) -> Any:
@@ -201,20 +227,29 @@ def components_of_folder(folder: Path, trust: Trust, wanted: Sequence[str] = ())
     if (folder / "model_index.json").exists():
         yield from components_of_pipeline(folder, trust, wanted)
     elif (folder / "config.json").exists():
-        name = folder.name if folder.name in ("unet", "vae", "transformer", "text_encoder", "text_encoder_2") else "model"
+        name = (
+            folder.name if folder.name in ("unet", "vae", "transformer", "text_encoder", "text_encoder_2") else "model"
+        )
         yield from components_of_model(folder, read_json(folder / "config.json"), name, {}, trust)
     else:
         names = sorted(p.name for p in folder.iterdir())
-        raise InputError(f"{folder} holds no model", got=", ".join(names[:6]) or "nothing",
-                         expected="model_index.json (a diffusers pipeline) or config.json (a model)",
-                         mend="name the folder that save_pretrained wrote")
+        raise InputError(
+            f"{folder} holds no model",
+            got=", ".join(names[:6]) or "nothing",
+            expected="model_index.json (a diffusers pipeline) or config.json (a model)",
+            mend="name the folder that save_pretrained wrote",
+        )
 
 
 def components_of_pipeline(folder: Path, trust: Trust, wanted: Sequence[str]) -> Iterator[Component]:
     parts = networks_of_pipeline(folder)
     if not parts:
-        raise InputError(f"the pipeline in {folder} has no network with a config", got="model_index.json without one",
-                         expected="unet/config.json and the like", mend="download the folder again")
+        raise InputError(
+            f"the pipeline in {folder} has no network with a config",
+            got="model_index.json without one",
+            expected="unet/config.json and the like",
+            mend="download the folder again",
+        )
     configs = {part: read_json(path) for part in parts if (path := folder / part / "config.json").exists()}
     facts = pipeline_facts(configs)
     for part, (library, class_name) in parts.items():
@@ -244,28 +279,38 @@ def networks_of_pipeline(folder: Path) -> dict[str, tuple[str, str]]:
 def check_part(folder: Path, part: str, library: str, class_name: str) -> None:
     """Raises InputError for a network of a pipeline whose code or config is not there."""
     if library not in ("diffusers", "transformers"):
-        raise InputError(f"{class_name} comes from Python code of the model's own", got=f"{library}.{class_name}",
-                         expected="a class of diffusers or transformers",
-                         mend="write a factory that returns a Component and export python:package.module:factory")
+        raise InputError(
+            f"{class_name} comes from Python code of the model's own",
+            got=f"{library}.{class_name}",
+            expected="a class of diffusers or transformers",
+            mend="write a factory that returns a Component and export python:package.module:factory",
+        )
     if not (folder / part / "config.json").exists():
-        raise InputError(f"{class_name} stands in model_index.json and has no config", got=f"no {part}/config.json",
-                         expected="each network that the pipeline names", mend="download the folder again")
+        raise InputError(
+            f"{class_name} stands in model_index.json and has no config",
+            got=f"no {part}/config.json",
+            expected="each network that the pipeline names",
+            mend="download the folder again",
+        )
 
 
 def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text())
     except (OSError, ValueError) as e:
-        raise InputError(f"{path} is not readable JSON", got=str(e), expected="a JSON object",
-                         mend="fetch the file again") from e
+        raise InputError(
+            f"{path} is not readable JSON", got=str(e), expected="a JSON object", mend="fetch the file again"
+        ) from e
     if not isinstance(content, dict):
-        raise InputError(f"{path} is not a config", got=type(content).__name__, expected="a JSON object",
-                         mend="fetch the file again")
+        raise InputError(
+            f"{path} is not a config", got=type(content).__name__, expected="a JSON object", mend="fetch the file again"
+        )
     return content
 
 
-def components_of_model(folder: Path, config: dict[str, Any], name: str, facts: Mapping[str, Any],
-                        trust: Trust) -> Iterator[Component]:
+def components_of_model(
+    folder: Path, config: dict[str, Any], name: str, facts: Mapping[str, Any], trust: Trust
+) -> Iterator[Component]:
     if "_class_name" in config:
         class_name, task = str(config["_class_name"]), None
         plain = {k: v for k, v in config.items() if not k.startswith("_")}
@@ -275,25 +320,34 @@ def components_of_model(folder: Path, config: dict[str, Any], name: str, facts: 
     elif "model_type" in config:
         class_name, task, make, full = transformers_model(folder, config, trust)
     else:
-        raise InputError(f"{folder / 'config.json'} names no class", got=", ".join(list(config)[:6]) or "nothing in it",
-                         expected="_class_name (diffusers) or model_type (transformers)", mend="fetch the file again")
+        raise InputError(
+            f"{folder / 'config.json'} names no class",
+            got=", ".join(list(config)[:6]) or "nothing in it",
+            expected="_class_name (diffusers) or model_type (transformers)",
+            mend="fetch the file again",
+        )
     adapters_for(class_name, task)  # an unserved class is said before anything about its files
     weights = weights_of_folder(folder, trust)
     yield from components_of_network(name, class_name, full, make, weights, task)
 
 
-def transformers_model(folder: Path, config: dict[str, Any],
-                       trust: Trust) -> tuple[str, str | None, Any, dict[str, Any]]:
+def transformers_model(
+    folder: Path, config: dict[str, Any], trust: Trust
+) -> tuple[str, str | None, Any, dict[str, Any]]:
     """Class, task, factory and config of a transformers folder."""
     if config.get("auto_map") and not trust.trust_remote_code:
-        raise InputError(f"{folder} brings Python code of its own", got=config["auto_map"],
-                         expected="a class that transformers has",
-                         mend="--trust-remote-code runs that code with your rights: read it first")
+        raise InputError(
+            f"{folder} brings Python code of its own",
+            got=config["auto_map"],
+            expected="a class that transformers has",
+            mend="--trust-remote-code runs that code with your rights: read it first",
+        )
     from transformers import AutoConfig
 
     with config_errors("the transformers model"):
-        settings = AutoConfig.from_pretrained(str(folder), trust_remote_code=trust.trust_remote_code,
-                                              local_files_only=True)
+        settings = AutoConfig.from_pretrained(
+            str(folder), trust_remote_code=trust.trust_remote_code, local_files_only=True
+        )
     cls = transformers_class(folder, config, settings, trust)
     full = dict(settings.to_dict())
     headed = cls.__name__.startswith(settings.__class__.__name__[:-6]) and "For" in cls.__name__
@@ -318,8 +372,12 @@ def transformers_class(folder: Path, config: Mapping[str, Any], settings: Any, t
             return get_class_from_dynamic_module(own[name], str(folder))
         if not name:
             return transformers.MODEL_MAPPING[type(settings)]
-    raise InputError(f"transformers has no class {name}", got=f"architectures in {folder / 'config.json'}",
-                     expected="a class of the installed transformers", mend="update transformers, or check the config")
+    raise InputError(
+        f"transformers has no class {name}",
+        got=f"architectures in {folder / 'config.json'}",
+        expected="a class of the installed transformers",
+        mend="update transformers, or check the config",
+    )
 
 
 def make_transformers(cls: Any, settings: Any) -> Any:
@@ -343,12 +401,20 @@ def weights_of_folder(folder: Path, trust: Trust) -> Weights:
         return SafetensorsWeights(files)
     pickled = weight_files(folder, PICKLED)
     if not pickled:
-        raise InputError(f"{folder} has no weights", got=", ".join(sorted(p.name for p in folder.iterdir())[:6]),
-                         expected="a .safetensors file beside config.json", mend="download the folder with its weights")
+        raise InputError(
+            f"{folder} has no weights",
+            got=", ".join(sorted(p.name for p in folder.iterdir())[:6]),
+            expected="a .safetensors file beside config.json",
+            mend="download the folder with its weights",
+        )
     if not trust.allow_pickle:
-        raise InputError(f"the weights in {folder} are pickled", got=pickled[0].name, expected="safetensors",
-                         mend="a pickle can run code when it is read: convert it with save_pretrained("
-                              "safe_serialization=True), or pass --allow-pickle if you trust it")
+        raise InputError(
+            f"the weights in {folder} are pickled",
+            got=pickled[0].name,
+            expected="safetensors",
+            mend="a pickle can run code when it is read: convert it with save_pretrained("
+            "safe_serialization=True), or pass --allow-pickle if you trust it",
+        )
     return MemoryWeights(partial(load_pickled, pickled))
 
 
@@ -366,12 +432,20 @@ def weight_files(folder: Path, suffixes: tuple[str, ...]) -> tuple[Path, ...]:
     weight_map = read_json(found[0]).get("weight_map")
     names = sorted(set(map(str, weight_map.values()))) if isinstance(weight_map, dict) else []
     if not names or any(Path(n).name != n for n in names):
-        raise InputError(f"{found[0]} lists no weight files of this folder", got=", ".join(names[:3]) or "no weight_map",
-                         expected="the names of the files beside it", mend="download it again")
+        raise InputError(
+            f"{found[0]} lists no weight files of this folder",
+            got=", ".join(names[:3]) or "no weight_map",
+            expected="the names of the files beside it",
+            mend="download it again",
+        )
     lost = [n for n in names if not (folder / n).exists()]
     if lost:
-        raise InputError(f"{len(lost)} of {len(names)} weight files are missing in {folder}", got=", ".join(lost[:3]),
-                         expected=f"all that {found[0].name} lists", mend="download them again")
+        raise InputError(
+            f"{len(lost)} of {len(names)} weight files are missing in {folder}",
+            got=", ".join(lost[:3]),
+            expected=f"all that {found[0].name} lists",
+            mend="download them again",
+        )
     return tuple(folder / n for n in names)
 
 
@@ -380,8 +454,13 @@ def preference(path: Path) -> tuple[bool, bool, bool, bool, str]:
     stem, _, rest = path.name.partition(".")
     variants = set(rest.split(".")) - {"safetensors", "index", "json", *(s[1:] for s in PICKLED)}
     shard = re.search(r"-\d{5}-of-\d{5}", path.name) is not None
-    return (not stem.startswith(WEIGHTS_NAMES), bool(variants) or shard, "fp16" in rest or "bf16" in rest,
-            not path.name.endswith(".json"), path.name)
+    return (
+        not stem.startswith(WEIGHTS_NAMES),
+        bool(variants) or shard,
+        "fp16" in rest or "bf16" in rest,
+        not path.name.endswith(".json"),
+        path.name,
+    )
 
 
 def load_pickled(paths: tuple[Path, ...]) -> Mapping[str, Any]:
@@ -392,16 +471,24 @@ def load_pickled(paths: tuple[Path, ...]) -> Mapping[str, Any]:
     for path in paths:
         try:
             loaded = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as e:  # torch, pickle and zipfile raise many kinds; each means that this is no plain state dict
-            raise InputError(f"{path.name} cannot be read as a state dict of tensors",
-                             got=first_sentence(str(e)) or type(e).__name__,
-                             expected="tensors by name; objects of other classes could run code and are refused",
-                             mend="convert it with save_pretrained(safe_serialization=True) where you trust it") from e
+        except (
+            Exception
+        ) as e:  # torch, pickle and zipfile raise many kinds; each means that this is no plain state dict
+            raise InputError(
+                f"{path.name} cannot be read as a state dict of tensors",
+                got=first_sentence(str(e)) or type(e).__name__,
+                expected="tensors by name; objects of other classes could run code and are refused",
+                mend="convert it with save_pretrained(safe_serialization=True) where you trust it",
+            ) from e
         loaded = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else {}
         tensors = {k: v for k, v in loaded.items() if isinstance(v, torch.Tensor)} if isinstance(loaded, dict) else {}
         if not tensors:
-            raise InputError(f"{path.name} holds no tensors by name", got=type(loaded).__name__, expected="a state dict",
-                             mend="convert it with save_pretrained(safe_serialization=True)")
+            raise InputError(
+                f"{path.name} holds no tensors by name",
+                got=type(loaded).__name__,
+                expected="a state dict",
+                mend="convert it with save_pretrained(safe_serialization=True)",
+            )
         state.update(tensors)
     return state
 
@@ -419,8 +506,11 @@ def first_sentence(text: str) -> str:
 def folder_of_hub(text: str) -> Path:
     """A hub id's snapshot: from the local cache if it is whole, else downloaded (weights as safetensors, configs)."""
     if text.count("/") != 1 or text.startswith((".", "/", "~")):
-        raise InputError(f"unknown source {text}", expected="demo, a folder, a hub id such as org/name, arch:NAME[@tiny], "
-                         "or python:package.module:factory", mend="check the path; `optimize export --help` lists the forms")
+        raise InputError(
+            f"unknown source {text}",
+            expected="demo, a folder, a hub id such as org/name, arch:NAME[@tiny], or python:package.module:factory",
+            mend="check the path; `optimize export --help` lists the forms",
+        )
     import huggingface_hub as hub
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -431,12 +521,19 @@ def folder_of_hub(text: str) -> Path:
         except LocalEntryNotFoundError:
             return Path(hub.snapshot_download(text, allow_patterns=patterns))
     except HFValidationError as e:
-        raise InputError(f"{text} is neither a folder nor a hub id", got=str(e), expected="a folder, or org/name",
-                         mend="check the path; `optimize export --help` lists the forms") from e
+        raise InputError(
+            f"{text} is neither a folder nor a hub id",
+            got=str(e),
+            expected="a folder, or org/name",
+            mend="check the path; `optimize export --help` lists the forms",
+        ) from e
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as e:
-        raise MissingError(f"{text} is not a folder here, not in the hub cache, and could not be downloaded",
-                           got=str(e).splitlines()[0][:300], expected="a folder, or a hub id that can be reached",
-                           mend="check the name and the connection, or name a local folder") from e
+        raise MissingError(
+            f"{text} is not a folder here, not in the hub cache, and could not be downloaded",
+            got=str(e).splitlines()[0][:300],
+            expected="a folder, or a hub id that can be reached",
+            mend="check the name and the connection, or name a local folder",
+        ) from e
 
 
 def components_of_factory(rest: str) -> tuple[Component, ...]:
@@ -448,18 +545,29 @@ def components_of_factory(rest: str) -> tuple[Component, ...]:
         module = importlib.import_module(module_name)
         factory = getattr(module, factory_name)
     except Exception as e:  # the module is the user's: importing it can raise anything
-        raise InputError(f"python:{rest} was not found", got=f"{type(e).__name__}: {e}",
-                         expected="python:package.module:factory", mend="the module has to be importable from here") from e
+        raise InputError(
+            f"python:{rest} was not found",
+            got=f"{type(e).__name__}: {e}",
+            expected="python:package.module:factory",
+            mend="the module has to be importable from here",
+        ) from e
     try:
         made = factory()
     except OptimizeError:
         raise
     except Exception as e:
-        raise InputError(f"the factory {rest} failed", got=f"{type(e).__name__}: {str(e)[:400]}",
-                         expected="a function with no arguments that returns a Component",
-                         mend=f'python -c "import {module_name} as m; m.{factory_name}()" shows where') from e
+        raise InputError(
+            f"the factory {rest} failed",
+            got=f"{type(e).__name__}: {str(e)[:400]}",
+            expected="a function with no arguments that returns a Component",
+            mend=f'python -c "import {module_name} as m; m.{factory_name}()" shows where',
+        ) from e
     components = (made,) if isinstance(made, Component) else tuple(made) if isinstance(made, list | tuple) else ()
     if not components or not all(isinstance(c, Component) for c in components):
-        raise InputError(f"{factory_name} returned no Component", got=type(made).__name__, expected="one, or a list of them",
-                         mend="return optimize.Component.from_module(...)")
+        raise InputError(
+            f"{factory_name} returned no Component",
+            got=type(made).__name__,
+            expected="one, or a list of them",
+            mend="return optimize.Component.from_module(...)",
+        )
     return components

@@ -71,15 +71,27 @@ def axis_from_text(text: str, axes: Mapping[str, Axis]) -> Axis:
     """`NAME=VALUE` (static) or `NAME=MIN:OPT:MAX` becomes an Axis; the step is that of the model's own axis."""
     match = re.fullmatch(r"(\w+)=(\d+)(?::(\d+):(\d+))?", text.strip(), re.ASCII)
     if not match:
-        raise InputError("--axis was not understood", got=text, expected="NAME=SIZE or NAME=MIN:OPT:MAX, in whole numbers",
-                         mend="such as --axis batch=1:1:8, or --axis height=512")
+        raise InputError(
+            "--axis was not understood",
+            got=text,
+            expected="NAME=SIZE or NAME=MIN:OPT:MAX, in whole numbers",
+            mend="such as --axis batch=1:1:8, or --axis height=512",
+        )
     name, low, opt, high = match.groups()
     if name not in axes:
-        raise InputError(f"unknown axis {name}", got=text, expected="one of " + ", ".join(sorted(axes)),
-                         mend="`--dry-run` shows the axes of each component")
+        raise InputError(
+            f"unknown axis {name}",
+            got=text,
+            expected="one of " + ", ".join(sorted(axes)),
+            mend="`--dry-run` shows the axes of each component",
+        )
     if int(low) == 0 < axes[name].min:
-        raise InputError(f"axis {name}: the model cannot take 0", got=text, expected=f"at least {axes[name].step}",
-                         mend=f"use {axes[name].step} or more")
+        raise InputError(
+            f"axis {name}: the model cannot take 0",
+            got=text,
+            expected=f"at least {axes[name].step}",
+            mend=f"use {axes[name].step} or more",
+        )
     return replace(axes[name], min=int(low), opt=int(opt or low), max=int(high or low))
 
 
@@ -137,8 +149,15 @@ class Component:
     config: Mapping[str, Any]
 
     @staticmethod
-    def from_module(module: Any, inputs: Sequence[TensorSpec], outputs: Sequence[str], axes: Sequence[Axis] = (), *,
-                    name: str = "model", role: str = "module") -> Component:
+    def from_module(
+        module: Any,
+        inputs: Sequence[TensorSpec],
+        outputs: Sequence[str],
+        axes: Sequence[Axis] = (),
+        *,
+        name: str = "model",
+        role: str = "module",
+    ) -> Component:
         """A component of your own torch module: what a `python:` factory returns.
 
         `inputs` are the arguments of `module.forward` in order; its result is a tensor or a tuple of them, named by

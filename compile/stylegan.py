@@ -149,12 +149,24 @@ class StyleGAN2Generator(nn.Module):
     layers. There is no truncation and no mixing of styles: one w serves every layer.
     """
 
-    def __init__(self, *, z_dim: int = 512, w_dim: int = 512, num_layers: int = 8, resolution: int = 256,
-                 channel_base: int = 16384, channel_max: int = 512, img_channels: int = 3) -> None:
+    def __init__(
+        self,
+        *,
+        z_dim: int = 512,
+        w_dim: int = 512,
+        num_layers: int = 8,
+        resolution: int = 256,
+        channel_base: int = 16384,
+        channel_max: int = 512,
+        img_channels: int = 3,
+    ) -> None:
         super().__init__()
         if resolution < 2 * FIRST_SIZE or resolution & (resolution - 1):
-            raise InputError("StyleGAN2Generator: no such resolution", got=resolution,
-                             expected=f"a power of two, at least {2 * FIRST_SIZE}")
+            raise InputError(
+                "StyleGAN2Generator: no such resolution",
+                got=resolution,
+                expected=f"a power of two, at least {2 * FIRST_SIZE}",
+            )
         sizes = [2**i for i in range(int(math.log2(FIRST_SIZE)), int(math.log2(resolution)) + 1)]
         channels = [min(channel_base // size, channel_max) for size in sizes]
         self.mapping = MappingNetwork(z_dim, w_dim, num_layers)

@@ -90,7 +90,7 @@ def dynamic_dims(spec: TensorSpec, component: Component, dims: dict[str, Any]) -
         if len(terms) > 1:
             found[i] = torch.export.Dim.AUTO
             continue
-        (name, divisor), = terms
+        ((name, divisor),) = terms
         axis = component.axes[name]
         if name not in dims:
             dims[name] = torch.export.Dim(f"{name}_", min=axis.min // axis.step, max=axis.max // axis.step)
@@ -101,8 +101,8 @@ def dynamic_dims(spec: TensorSpec, component: Component, dims: dict[str, Any]) -
 
 @contextlib.contextmanager
 def fast_tracing() -> Iterator[None]:
-    """Leaves are kept whole, and fake tensors are not cached: with symbolic sizes the cache costs more than it saves."""
-    import torch._dynamo.config as config
+    """Leaves are kept whole; fake tensors are not cached: with symbolic sizes that costs more than it saves."""
+    from torch._dynamo import config
 
     from .leaves import KeepLeaves
 

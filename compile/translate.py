@@ -29,9 +29,15 @@ from .trace import Traced
 Size: TypeAlias = "int | sympy.Expr"
 
 TYPES: Mapping[torch.dtype, ir.DataType] = {
-    torch.float32: ir.DataType.FLOAT, torch.float16: ir.DataType.FLOAT16, torch.bfloat16: ir.DataType.BFLOAT16,
-    torch.float64: ir.DataType.DOUBLE, torch.int64: ir.DataType.INT64, torch.int32: ir.DataType.INT32,
-    torch.int16: ir.DataType.INT16, torch.int8: ir.DataType.INT8, torch.uint8: ir.DataType.UINT8,
+    torch.float32: ir.DataType.FLOAT,
+    torch.float16: ir.DataType.FLOAT16,
+    torch.bfloat16: ir.DataType.BFLOAT16,
+    torch.float64: ir.DataType.DOUBLE,
+    torch.int64: ir.DataType.INT64,
+    torch.int32: ir.DataType.INT32,
+    torch.int16: ir.DataType.INT16,
+    torch.int8: ir.DataType.INT8,
+    torch.uint8: ir.DataType.UINT8,
     torch.bool: ir.DataType.BOOL,
 }
 SYMBOLIC = (int, float, bool, torch.SymInt, torch.SymFloat, torch.SymBool)
@@ -102,7 +108,9 @@ class Builder:
         count = self._names[name]
         return name if count == 1 else f"{name}_{count - 1}"
 
-    def op(self, kind: str, *inputs: ir.Value | None, out: Out | None = None, outputs: int = 1, **attributes: Any) -> Any:
+    def op(
+        self, kind: str, *inputs: ir.Value | None, out: Out | None = None, outputs: int = 1, **attributes: Any
+    ) -> Any:
         """Appends a node; gives its output value, or a tuple of them where `outputs` is more than one."""
         name = self.unique(f"{self.scope}/{kind}" if self.scope else kind)
         values = [ir.Value(name=name if outputs == 1 else f"{name}.{i}") for i in range(outputs)]
@@ -113,8 +121,16 @@ class Builder:
             for value in values:
                 value.type = ir.TensorType(ir.DataType(attributes["to"])) if kind == "Cast" else kind_of
                 value.type = ir.TensorType(ir.DataType.INT64) if kind == "Shape" else value.type
-        self.nodes.append(ir.node(kind, list(inputs), {k: v for k, v in attributes.items() if v is not None},
-                                  outputs=values, name=name, metadata_props={ORIGIN: self.origin} if self.origin else None))
+        self.nodes.append(
+            ir.node(
+                kind,
+                list(inputs),
+                {k: v for k, v in attributes.items() if v is not None},
+                outputs=values,
+                name=name,
+                metadata_props={ORIGIN: self.origin} if self.origin else None,
+            )
+        )
         return values[0] if outputs == 1 else tuple(values)
 
     def describe(self, value: ir.Value, out: Out) -> None:
@@ -137,7 +153,9 @@ class Builder:
         return self._constants[key]
 
     def initializer(self, name: str, tensor: ir.TensorProtocol) -> ir.Value:
-        value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape.numpy()), const_value=tensor)
+        value = ir.Value(
+            name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape.numpy()), const_value=tensor
+        )
         self.initializers[name] = value
         return value
 
@@ -237,7 +255,9 @@ class Builder:
         after = list(out.shape)
         if list(before) == after:
             return x
-        plan = [d if isinstance(d, int) else 0 if i < len(before) and before[i] == d else None for i, d in enumerate(after)]
+        plan = [
+            d if isinstance(d, int) else 0 if i < len(before) and before[i] == d else None for i, d in enumerate(after)
+        ]
         unknown = [i for i, d in enumerate(plan) if d is None]
         if len(unknown) == 1 and not any(d == 0 and isinstance(after[i], int) for i, d in enumerate(plan)):
             plan[unknown[0]] = -1
@@ -248,12 +268,28 @@ class Builder:
         return cast(ir.Value, self.op("Reshape", x, self.ints(*cast(list[int], plan)), out=out))
 
 
-SIZE_OPS = {"Add": "Add", "Mul": "Mul", "FloorDiv": "Div", "CleanDiv": "Div", "Mod": "Mod", "PythonMod": "Mod",
-            "Max": "Max", "Min": "Min"}
+SIZE_OPS = {
+    "Add": "Add",
+    "Mul": "Mul",
+    "FloorDiv": "Div",
+    "CleanDiv": "Div",
+    "Mod": "Mod",
+    "PythonMod": "Mod",
+    "Max": "Max",
+    "Min": "Min",
+}
 
 
-FRACTION_OPS = {"Add": "Add", "Mul": "Mul", "Pow": "Pow", "FloatPow": "Pow", "PowByNatural": "Pow", "IntTrueDiv": "Div",
-                "FloatTrueDiv": "Div", "OpaqueUnaryFn_sqrt": "Sqrt"}
+FRACTION_OPS = {
+    "Add": "Add",
+    "Mul": "Mul",
+    "Pow": "Pow",
+    "FloatPow": "Pow",
+    "PowByNatural": "Pow",
+    "IntTrueDiv": "Div",
+    "FloatTrueDiv": "Div",
+    "OpaqueUnaryFn_sqrt": "Sqrt",
+}
 ROUNDINGS = {"TruncToInt": "Floor", "FloorToInt": "Floor", "CeilToInt": "Ceil", "RoundToInt": "Round"}
 
 
@@ -291,8 +327,13 @@ def scope_of(node: FxNode) -> str:
 class Translator:
     """Walks the torch graph once. `weight(name, shape, dtype)` gives the initializer's tensor for a parameter."""
 
-    def __init__(self, traced: Traced, component: Component, opset: int,
-                 weight: Callable[[str, tuple[int, ...], torch.dtype], ir.TensorProtocol]) -> None:
+    def __init__(
+        self,
+        traced: Traced,
+        component: Component,
+        opset: int,
+        weight: Callable[[str, tuple[int, ...], torch.dtype], ir.TensorProtocol],
+    ) -> None:
         from .emitters import EMITTERS, IGNORED
 
         self.traced, self.component, self.weight = traced, component, weight
@@ -317,8 +358,13 @@ class Translator:
         name = str(node.target)
         if name in self.emitters and writes_a_view(node):
             return False
-        return (node.target is operator.getitem or name in self.ignored or self.emitters.get(name) is not None
-                or name.startswith("wrap_with") or foldable(node))
+        return (
+            node.target is operator.getitem
+            or name in self.ignored
+            or self.emitters.get(name) is not None
+            or name.startswith("wrap_with")
+            or foldable(node)
+        )
 
     # --- inputs ---
 
@@ -326,8 +372,11 @@ class Translator:
         program = self.traced.program
         signature = program.graph_signature
         specs = iter(self.component.inputs)
-        names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers,
-                 **signature.inputs_to_lifted_tensor_constants}
+        names = {
+            **signature.inputs_to_parameters,
+            **signature.inputs_to_buffers,
+            **signature.inputs_to_lifted_tensor_constants,
+        }
         for node in program.graph.find_nodes(op="placeholder"):
             value = node.meta.get("val")
             if node.name in names:
@@ -350,9 +399,12 @@ class Translator:
             axes = [self.component.axes[name] for name, _ in dim_terms(dim)]
             if isinstance(size, int):
                 if not all(axis.static for axis in axes):
-                    raise GateError(f"{spec.name}: the model takes {dim} at the traced size only", got=size,
-                                    expected=", ".join(f"{a.name}={a}" for a in axes),
-                                    mend=f"make it static: --axis {axes[0].name}={size}")
+                    raise GateError(
+                        f"{spec.name}: the model takes {dim} at the traced size only",
+                        got=size,
+                        expected=", ".join(f"{a.name}={a}" for a in axes),
+                        mend=f"make it static: --axis {axes[0].name}={size}",
+                    )
             elif len(axes) == 1 and len(size.free_symbols) == 1:
                 (symbol,) = size.free_symbols
                 self.graph.words.setdefault(symbol, sympy.Symbol(axes[0].name, integer=True) / axes[0].step)
@@ -384,15 +436,23 @@ class Translator:
             for i, size in enumerate(tensor.shape):
                 if isinstance(size, int):
                     continue
-                self.graph.know_size(size, lambda v=value, i=i: self.graph.op(  # type: ignore[misc]
-                    "Shape", v, start=i, end=i + 1, out=Out((1,), torch.int64)))
+                self.graph.know_size(
+                    size,
+                    lambda v=value, i=i: self.graph.op(  # type: ignore[misc]
+                        "Shape", v, start=i, end=i + 1, out=Out((1,), torch.int64)
+                    ),
+                )
                 if not size.is_Symbol and len(size.free_symbols) == 1:
                     factor, (symbol,) = size.as_coeff_Mul()[0], size.free_symbols
                     if size == factor * symbol:
                         pending.append((symbol, size, int(factor)))
         for symbol, size, factor in pending:
-            self.graph.know_size(symbol, lambda s=size, f=factor: self.graph.op(  # type: ignore[misc]
-                "Div", self.graph.size(s), self.graph.ints(f), out=Out((1,), torch.int64)))
+            self.graph.know_size(
+                symbol,
+                lambda s=size, f=factor: self.graph.op(  # type: ignore[misc]
+                    "Div", self.graph.size(s), self.graph.ints(f), out=Out((1,), torch.int64)
+                ),
+            )
 
     # --- the walk ---
 
@@ -452,8 +512,11 @@ class Translator:
 
     def inline(self, node: FxNode) -> Any:
         """`no_grad` and `autocast(enabled=False)` regions hold their nodes in a module of their own."""
-        position = next(i for i, a in enumerate(node.args) if isinstance(a, FxNode) and a.op == "get_attr"
-                        and isinstance(self.env[a], torch.fx.GraphModule))
+        position = next(
+            i
+            for i, a in enumerate(node.args)
+            if isinstance(a, FxNode) and a.op == "get_attr" and isinstance(self.env[a], torch.fx.GraphModule)
+        )
         body = self.env[cast(FxNode, node.args[position])]
         for inner, outer in zip(body.graph.find_nodes(op="placeholder"), node.args[position + 1 :], strict=True):
             self.env[inner] = self.env[outer] if isinstance(outer, FxNode) else outer
@@ -469,7 +532,10 @@ class Translator:
         flat, spec = torch.utils._pytree.tree_flatten((args, kwargs))
         if any(isinstance(a, sympy.Expr) or (isinstance(a, Tensor) and a.constant is None) for a in flat):
             return None
-        real = [a.constant if isinstance(a, Tensor) else torch.device("cpu") if isinstance(a, torch.device) else a for a in flat]
+        real = [
+            a.constant if isinstance(a, Tensor) else torch.device("cpu") if isinstance(a, torch.device) else a
+            for a in flat
+        ]
         args, kwargs = torch.utils._pytree.tree_unflatten(real, spec)
         return self.graph.fixed(cast(Any, node.target)(*args, **kwargs))
 
@@ -480,9 +546,12 @@ class Translator:
         specs = self.traced.program.graph_signature.output_specs  # decomposition adds what the forward wrote into
         own = [t for t, spec in zip(outputs, specs, strict=True) if spec.kind == OutputKind.USER_OUTPUT]
         if len(own) != len(self.component.outputs):
-            raise GateError(f"{self.component.name}: its forward gives other outputs than are named",
-                            got=f"{len(own)} tensors", expected=", ".join(self.component.outputs),
-                            mend="return a flat tuple, one tensor for each name")
+            raise GateError(
+                f"{self.component.name}: its forward gives other outputs than are named",
+                got=f"{len(own)} tensors",
+                expected=", ".join(self.component.outputs),
+                mend="return a flat tuple, one tensor for each name",
+            )
         for name, tensor in zip(self.component.outputs, own, strict=True):
             value = tensor.value
             if value in seen or value in self.inputs or value.is_initializer() or value.producer() is None:
@@ -491,9 +560,14 @@ class Translator:
             seen.add(value)
             value.name = name
             graph_outputs.append(value)
-        graph = ir.Graph(self.inputs, graph_outputs, nodes=self.graph.nodes,
-                         initializers=list(self.graph.initializers.values()),
-                         opset_imports={"": self.graph.opset}, name=self.component.name)
+        graph = ir.Graph(
+            self.inputs,
+            graph_outputs,
+            nodes=self.graph.nodes,
+            initializers=list(self.graph.initializers.values()),
+            opset_imports={"": self.graph.opset},
+            name=self.component.name,
+        )
         return ir.Model(graph, ir_version=10 if self.graph.opset < 23 else 11, producer_name="optimize")
 
 
@@ -521,13 +595,21 @@ def writes_a_view(node: FxNode) -> bool:
 def foldable(node: FxNode) -> bool:
     """A pure aten operator: the same inputs always give the same output."""
     target = node.target
-    return (isinstance(target, torch._ops.OpOverload) and target.namespace == "aten"
-            and "empty" not in target._schema.name and torch.Tag.nondeterministic_seeded not in target.tags
-            and not target._schema.is_mutable)
+    return (
+        isinstance(target, torch._ops.OpOverload)
+        and target.namespace == "aten"
+        and "empty" not in target._schema.name
+        and torch.Tag.nondeterministic_seeded not in target.tags
+        and not target._schema.is_mutable
+    )
 
 
-def translate(traced: Traced, component: Component, opset: int,
-              weight: Callable[[str, tuple[int, ...], torch.dtype], ir.TensorProtocol]) -> ir.Model:
+def translate(
+    traced: Traced,
+    component: Component,
+    opset: int,
+    weight: Callable[[str, tuple[int, ...], torch.dtype], ir.TensorProtocol],
+) -> ir.Model:
     """The ONNX graph of a traced component. Raises Untranslated where an operator stays unknown after decomposition."""
     for _ in range(8):  # each round decomposes what the one before it met
         try:

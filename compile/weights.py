@@ -103,23 +103,32 @@ def matched(module: torch.nn.Module, shapes: Mapping[str, Sequence[int]], where:
             missing.append(name)
             continue
         if [d for d in shapes[key] if d != 1] != [d for d in tensor.shape if d != 1]:
-            raise InputError(f"weight {name} has a wrong shape in {where}", got=list(shapes[key]),
-                             expected=list(tensor.shape),
-                             mend="the config and the weights are of different models: take both from the same folder")
+            raise InputError(
+                f"weight {name} has a wrong shape in {where}",
+                got=list(shapes[key]),
+                expected=list(tensor.shape),
+                mend="the config and the weights are of different models: take both from the same folder",
+            )
         found[name] = key
     if missing:
-        raise InputError(f"{len(missing)} weights are missing in {where}",
-                         got="no " + ", ".join(missing[:4]) + (" ..." if len(missing) > 4 else ""),
-                         expected=f"all {len(names)} tensors of {type(module).__name__}",
-                         mend="download the folder again, or check that config.json belongs to these weights")
+        raise InputError(
+            f"{len(missing)} weights are missing in {where}",
+            got="no " + ", ".join(missing[:4]) + (" ..." if len(missing) > 4 else ""),
+            expected=f"all {len(names)} tensors of {type(module).__name__}",
+            mend="download the folder again, or check that config.json belongs to these weights",
+        )
     return found
 
 
 def check_kind(name: str, whole: bool, tensor: torch.Tensor, dtype: str) -> None:
-    """Raises InputError for whole numbers where the model has fractions: a quantized checkpoint, its scales elsewhere."""
+    """Raises InputError for whole numbers where the model has fractions: a quantized checkpoint."""
     if whole and tensor.is_floating_point():
-        raise InputError(f"weight {name} is stored in whole numbers", got=dtype, expected=str(tensor.dtype),
-                         mend="a quantized checkpoint is not a source: take the weights that it was made from")
+        raise InputError(
+            f"weight {name} is stored in whole numbers",
+            got=dtype,
+            expected=str(tensor.dtype),
+            mend="a quantized checkpoint is not a source: take the weights that it was made from",
+        )
 
 
 def header_of_safetensors(path: Path) -> dict[str, dict[str, Any]]:
@@ -139,11 +148,19 @@ def header_of_safetensors(path: Path) -> dict[str, dict[str, Any]]:
             with safe_open(path, framework="np"):
                 pass  # every type, shape and offset is checked
     except (OSError, ValueError, TypeError, LookupError, SafetensorError) as e:
-        raise InputError(f"{path.name} is not a readable safetensors file", got=str(e)[:300] or type(e).__name__,
-                         expected="a header that describes its tensors, then their data", mend="fetch it again") from e
+        raise InputError(
+            f"{path.name} is not a readable safetensors file",
+            got=str(e)[:300] or type(e).__name__,
+            expected="a header that describes its tensors, then their data",
+            mend="fetch it again",
+        ) from e
     if 8 + length + end != size:
-        raise InputError(f"{path.name} is truncated or has been changed", got=f"{size} bytes",
-                         expected=f"{8 + length + end} bytes by its own header", mend="fetch it again")
+        raise InputError(
+            f"{path.name} is truncated or has been changed",
+            got=f"{size} bytes",
+            expected=f"{8 + length + end} bytes by its own header",
+            mend="fetch it again",
+        )
     return header
 
 
@@ -245,8 +262,14 @@ class MemoryWeights:
         return "sha256:" + sha.hexdigest()
 
 
-def component_of_module(module: torch.nn.Module, inputs: tuple[TensorSpec, ...], outputs: tuple[str, ...],
-                        axes: Mapping[str, Axis], name: str, role: str) -> Component:
+def component_of_module(
+    module: torch.nn.Module,
+    inputs: tuple[TensorSpec, ...],
+    outputs: tuple[str, ...],
+    axes: Mapping[str, Axis],
+    name: str,
+    role: str,
+) -> Component:
     """A component of a module that is in memory: its weights stay where they are, copies on meta are traced."""
     import copy
 
@@ -264,4 +287,6 @@ def component_of_module(module: torch.nn.Module, inputs: tuple[TensorSpec, ...],
 
     import torch
 
-    return Component(name, role, type(module).__name__, axes, inputs, outputs, build, MemoryWeights(held.state_dict), {})
+    return Component(
+        name, role, type(module).__name__, axes, inputs, outputs, build, MemoryWeights(held.state_dict), {}
+    )

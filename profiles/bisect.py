@@ -51,7 +51,11 @@ class TorchGraph(torch.fx.Interpreter):
 def torch_values(traced: Traced, component: Component, feeds: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The value of each node of the traced graph for these feeds, by the node's name."""
     signature = traced.program.graph_signature
-    names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers, **signature.inputs_to_lifted_tensor_constants}
+    names = {
+        **signature.inputs_to_parameters,
+        **signature.inputs_to_buffers,
+        **signature.inputs_to_lifted_tensor_constants,
+    }
     weights = component.weights.bind(traced.module)
     from optimize.compile.onnx_model import same_as
 
@@ -94,7 +98,9 @@ def first_departure(path: Path, component: Component, precision: str, sizes: dic
     expected = torch_values(trace_component(component, precision), component, feeds)
     model = ir.load(path)
     common = [(node, value, origin) for node, value, origin in shared_values(model) if origin in expected]
-    sizes_agree = [c for c in common if c[0].outputs[0].shape is None or len(c[0].outputs[0].shape) == expected[c[2]].ndim]
+    sizes_agree = [
+        c for c in common if c[0].outputs[0].shape is None or len(c[0].outputs[0].shape) == expected[c[2]].ndim
+    ]
     if not sizes_agree:
         return "the graphs have no value in common"
 
@@ -112,7 +118,9 @@ def first_departure(path: Path, component: Component, precision: str, sizes: dic
     return f"{node.name} ({node.op_type}), relative error {error(low):.3g} in {value}"
 
 
-def value_of(model: ir.Model, path: Path, value: str, feeds: Mapping[str, torch.Tensor], precision: str) -> torch.Tensor:
+def value_of(
+    model: ir.Model, path: Path, value: str, feeds: Mapping[str, torch.Tensor], precision: str
+) -> torch.Tensor:
     """One value of the graph: the part that computes it, run in ONNX Runtime."""
     names = {str(v.name): v for v in model.graph.inputs}
     part: Any = ir.convenience.extract(model.graph, list(names), [value])
@@ -142,7 +150,11 @@ def write_reproduction(path: Path, component: Component, precision: str, sizes: 
     arrays = {k: t.numpy() if t.dtype != torch.bfloat16 else t.float().numpy() for k, t in feeds.items()}
     save_json([arrays], str(folder / "inputs.json"))
     results = RunResults()
-    results.append(("eager-fp32", [IterationResult(outputs={k: t.numpy() for k, t in outputs.items()}, runner_name="eager-fp32")]))
+    results.append(
+        ("eager-fp32", [IterationResult(outputs={k: t.numpy() for k, t in outputs.items()}, runner_name="eager-fp32")])
+    )
     results.save(str(folder / "reference.json"))
-    return (f"polygraphy run {path} --onnxrt --load-inputs {folder / 'inputs.json'} "
-            f"--load-outputs {folder / 'reference.json'} --rtol 1e-4 --atol 1e-4 --check-error-stat max")
+    return (
+        f"polygraphy run {path} --onnxrt --load-inputs {folder / 'inputs.json'} "
+        f"--load-outputs {folder / 'reference.json'} --rtol 1e-4 --atol 1e-4 --check-error-stat max"
+    )

@@ -41,11 +41,16 @@ class Reference:
 
 
 def rule_of(precision: str) -> str:
-    return f"relative error <= {FP32_LIMIT:g}" if precision == "fp32" else f"relative error <= {EAGER_FACTOR} x eager {precision}'s own"
+    return (
+        f"relative error <= {FP32_LIMIT:g}"
+        if precision == "fp32"
+        else f"relative error <= {EAGER_FACTOR} x eager {precision}'s own"
+    )
 
 
-def references(component: Component, precision: str, *, streamed: bool, say: Callable[[str], None],
-               draws: int = FEW_DRAWS) -> list[Reference]:
+def references(
+    component: Component, precision: str, *, streamed: bool, say: Callable[[str], None], draws: int = FEW_DRAWS
+) -> list[Reference]:
     """Runs eager at all sets of sizes: fp32 first, then the precision itself (one model in memory at a time).
 
     Below fp32 two errors are compared, and with few numbers their ratio is noise: outputs with fewer than `MANY`
@@ -77,8 +82,11 @@ def eager_or_gate(eager: EagerRunner, feeds: Tensors) -> Tensors:
     try:
         return eager.infer(feeds)
     except RuntimeError as e:
-        raise GateError(f"{eager.component.name} cannot run in {eager.precision} even in eager mode", got=str(e)[:300],
-                        mend="the model mixes types: cast inside its forward, or export it in fp32") from e
+        raise GateError(
+            f"{eager.component.name} cannot run in {eager.precision} even in eager mode",
+            got=str(e)[:300],
+            mend="the model mixes types: cast inside its forward, or export it in fp32",
+        ) from e
 
 
 def widened(feeds: Tensors) -> dict[str, torch.Tensor]:
@@ -93,8 +101,13 @@ def error_of(name: str, results: list[tuple[Reference, Tensors]]) -> OutputError
     exact = [r.exact[name] for r, _ in results]
     own = [r.own[name] for r, _ in results if r.own is not None]
     relative, worst = distance(got, exact)
-    return OutputError(name=name, relative=relative, worst=worst, finite=all(bool(torch.isfinite(t.float()).all()) for t in got),
-                       eager=distance(own, exact)[0] if own else None)
+    return OutputError(
+        name=name,
+        relative=relative,
+        worst=worst,
+        finite=all(bool(torch.isfinite(t.float()).all()) for t in got),
+        eager=distance(own, exact)[0] if own else None,
+    )
 
 
 def distance(got: Sequence[torch.Tensor], exact: Sequence[torch.Tensor]) -> tuple[float, float]:
@@ -121,8 +134,16 @@ def within(error: OutputError, precision: str) -> bool:
     return error.relative <= max(EAGER_FACTOR * error.eager, ROUNDING[precision])
 
 
-def parity_of(outputs_by_shape: Iterable[Tensors], component: Component, precision: str, known: list[Reference], *,
-              backend: str, how: str = "whole", notes: list[str] | None = None) -> Parity:
+def parity_of(
+    outputs_by_shape: Iterable[Tensors],
+    component: Component,
+    precision: str,
+    known: list[Reference],
+    *,
+    backend: str,
+    how: str = "whole",
+    notes: list[str] | None = None,
+) -> Parity:
     """Compares the artifact's outputs, one set for each reference in their order."""
     results = list(zip(known, outputs_by_shape, strict=True))
     shapes = []
@@ -131,8 +152,15 @@ def parity_of(outputs_by_shape: Iterable[Tensors], component: Component, precisi
         errors = [error_of(output, group) for output in component.outputs]
         passed = all(within(e, precision) for e in errors)
         shapes.append(ShapeParity(name=name, sizes=dict(group[0][0].sizes), outputs=errors, passed=passed))
-    return Parity(backend=backend, reference="eager fp32", how=how, rule=rule_of(precision), shapes=shapes,
-                  passed=all(s.passed for s in shapes), notes=notes or [])
+    return Parity(
+        backend=backend,
+        reference="eager fp32",
+        how=how,
+        rule=rule_of(precision),
+        shapes=shapes,
+        passed=all(s.passed for s in shapes),
+        notes=notes or [],
+    )
 
 
 def marginal(parity: Parity) -> bool:

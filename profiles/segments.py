@@ -48,14 +48,20 @@ def interfaces(model: ir.Model, groups: list[list[ir.Node]]) -> Iterator[Segment
     for group in groups:
         inside = set(group)
         made = [v for node in group for v in node.outputs]
-        needed = dict.fromkeys(v for node in group for v in node.inputs
-                               if v is not None and v.const_value is None and v.producer() not in inside)
+        needed = dict.fromkeys(
+            v
+            for node in group
+            for v in node.inputs
+            if v is not None and v.const_value is None and v.producer() not in inside
+        )
         leaving = [v for v in made if v in finals or any(u.node not in inside for u in v.uses())]
         if leaving:
             yield Segment(tuple(str(v.name) for v in needed), tuple(str(v.name) for v in leaving))
 
 
-def run_segments(path: Path, segments: list[Segment], feeds: list[Mapping[str, torch.Tensor]], *, emulate: bool) -> list[Tensors]:
+def run_segments(
+    path: Path, segments: list[Segment], feeds: list[Mapping[str, torch.Tensor]], *, emulate: bool
+) -> list[Tensors]:
     """Runs the pieces of the graph at `path` for all feeds; gives the values of the last interface and all outputs."""
     model = ir.load(path)
     last_use = {name: i for i, s in enumerate(segments) for name in s.inputs}

@@ -88,17 +88,40 @@ def size(module: torch.nn.Module) -> int:
 
 
 def test_reading_the_table_imports_nothing_heavy():
-    code = ("import sys, optimize.compile.architectures\n"
-            "print([m for m in ('torch', 'diffusers', 'transformers', 'numpy', 'onnx') if m in sys.modules])")
+    code = (
+        "import sys, optimize.compile.architectures\n"
+        "print([m for m in ('torch', 'diffusers', 'transformers', 'numpy', 'onnx') if m in sys.modules])"
+    )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
 
 
 def test_names():
     wanted = {
-        "sd15", "sd21", "sdxl-base", "sdxl-refiner", "sd35-medium", "flux-dev", "flux-schnell", "pixart-sigma",
-        "dit-xl-2-256", "controlnet-sd15", "controlnet-sdxl", "vae-sd15", "vae-sdxl", "vae-sd3", "vae-flux", "clip-l",
-        "openclip-bigg", "t5-xxl", "bert-base", "vit-b16", "ddpm-cifar10", "gpt2", "llama", "stylegan2",
+        "sd15",
+        "sd21",
+        "sdxl-base",
+        "sdxl-refiner",
+        "sd35-medium",
+        "flux-dev",
+        "flux-schnell",
+        "pixart-sigma",
+        "dit-xl-2-256",
+        "controlnet-sd15",
+        "controlnet-sdxl",
+        "vae-sd15",
+        "vae-sdxl",
+        "vae-sd3",
+        "vae-flux",
+        "clip-l",
+        "openclip-bigg",
+        "t5-xxl",
+        "bert-base",
+        "vit-b16",
+        "ddpm-cifar10",
+        "gpt2",
+        "llama",
+        "stylegan2",
     }
     assert wanted <= ARCHITECTURES.keys() | PIPELINES.keys()
     assert not ARCHITECTURES.keys() & PIPELINES.keys()  # a name means one thing
@@ -120,6 +143,7 @@ def test_dit_has_the_published_count_without_the_copies_that_diffusers_makes(big
 
 def test_stylegan_has_the_layers_of_the_public_generator(big):
     """Channels of cfg=paper256: at most 512, 16384 / size; two layers a block, one in the first, a toRGB each."""
+
     def layer(inputs, outputs, kernel=3):
         return (512 + 1) * inputs + outputs * inputs * kernel**2 + outputs  # affine, weight, bias
 
@@ -156,8 +180,13 @@ def test_llama_rotates_as_published(big):
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_tiny_is_small_and_keeps_every_kind_of_layer(big, small, name):
     assert size(small[name]) < 2_000_000
-    kinds = [{(type(m).__name__, bool(getattr(m, "affine", 0)), getattr(m, "bias", None) is not None)
-              for m in module.modules()} for module in (big[name], small[name])]
+    kinds = [
+        {
+            (type(m).__name__, bool(getattr(m, "affine", 0)), getattr(m, "bias", None) is not None)
+            for m in module.modules()
+        }
+        for module in (big[name], small[name])
+    ]
     assert kinds[0] == kinds[1]
 
 
@@ -192,10 +221,16 @@ def unet_feeds(c: dict) -> dict:
     added = None
     if c.get("addition_embed_type"):
         ids = 5 if c["projection_class_embeddings_input_dim"] - 5 * 8 == c["cross_attention_dim"] else 6
-        added = {"text_embeds": normal(2, c["projection_class_embeddings_input_dim"] - 8 * ids),
-                 "time_ids": normal(2, ids)}
-    return {"sample": normal(2, 4, 16, 24), "timestep": torch.tensor([10.0, 900.0]),
-            "encoder_hidden_states": normal(2, 7, c["cross_attention_dim"]), "added_cond_kwargs": added}
+        added = {
+            "text_embeds": normal(2, c["projection_class_embeddings_input_dim"] - 8 * ids),
+            "time_ids": normal(2, ids),
+        }
+    return {
+        "sample": normal(2, 4, 16, 24),
+        "timestep": torch.tensor([10.0, 900.0]),
+        "encoder_hidden_states": normal(2, 7, c["cross_attention_dim"]),
+        "added_cond_kwargs": added,
+    }
 
 
 FEEDS = {
@@ -203,19 +238,31 @@ FEEDS = {
     "ControlNetModel": lambda c: {**unet_feeds(c), "controlnet_cond": normal(2, 3, 128, 192)},
     "UNet2DModel": lambda c: {"sample": normal(2, 3, 32, 24), "timestep": torch.tensor([10.0, 900.0])},
     "SD3Transformer2DModel": lambda c: {
-        "hidden_states": normal(2, 16, 16, 24), "encoder_hidden_states": normal(2, 7, c["joint_attention_dim"]),
-        "pooled_projections": normal(2, c["pooled_projection_dim"]), "timestep": torch.tensor([10.0, 900.0])},
+        "hidden_states": normal(2, 16, 16, 24),
+        "encoder_hidden_states": normal(2, 7, c["joint_attention_dim"]),
+        "pooled_projections": normal(2, c["pooled_projection_dim"]),
+        "timestep": torch.tensor([10.0, 900.0]),
+    },
     "FluxTransformer2DModel": lambda c: {
-        "hidden_states": normal(2, 20, c["in_channels"]), "timestep": torch.tensor([0.1, 0.9]),
-        "encoder_hidden_states": normal(2, 7, c["joint_attention_dim"]), "txt_ids": torch.zeros(7, 3),
-        "pooled_projections": normal(2, c["pooled_projection_dim"]), "img_ids": torch.arange(60.0).reshape(20, 3),
-        "guidance": torch.tensor([3.5, 3.5]) if c["guidance_embeds"] else None},
+        "hidden_states": normal(2, 20, c["in_channels"]),
+        "timestep": torch.tensor([0.1, 0.9]),
+        "encoder_hidden_states": normal(2, 7, c["joint_attention_dim"]),
+        "txt_ids": torch.zeros(7, 3),
+        "pooled_projections": normal(2, c["pooled_projection_dim"]),
+        "img_ids": torch.arange(60.0).reshape(20, 3),
+        "guidance": torch.tensor([3.5, 3.5]) if c["guidance_embeds"] else None,
+    },
     "PixArtTransformer2DModel": lambda c: {
-        "hidden_states": normal(2, 4, 16, 24), "encoder_hidden_states": normal(2, 7, c["caption_channels"]),
-        "timestep": torch.tensor([10.0, 900.0]), "added_cond_kwargs": {"resolution": None, "aspect_ratio": None}},
+        "hidden_states": normal(2, 4, 16, 24),
+        "encoder_hidden_states": normal(2, 7, c["caption_channels"]),
+        "timestep": torch.tensor([10.0, 900.0]),
+        "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
+    },
     "DiTTransformer2DModel": lambda c: {
-        "hidden_states": normal(2, 4, 16, 16), "timestep": torch.tensor([10, 900]),
-        "class_labels": torch.tensor([1, c["num_embeds_ada_norm"] - 1])},
+        "hidden_states": normal(2, 4, 16, 16),
+        "timestep": torch.tensor([10, 900]),
+        "class_labels": torch.tensor([1, c["num_embeds_ada_norm"] - 1]),
+    },
     "AutoencoderKL": lambda c: {"sample": normal(2, 3, 64, 96)},
     "ViTModel": lambda c: {"pixel_values": normal(2, 3, c["image_size"], c["image_size"])},
     "StyleGAN2Generator": lambda c: {"z": normal(2, c["z_dim"])},

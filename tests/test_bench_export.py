@@ -12,9 +12,16 @@ from optimize.errors import InputError
 from optimize.tools import bench_export, bench_record
 from optimize.tools.bench_record import GOALS, Ratio, ratio_row, side_from_rounds
 
-SMALL = {"sample_size": 8, "block_out_channels": (8, 16), "layers_per_block": 1, "cross_attention_dim": 8,
-         "norm_num_groups": 4, "attention_head_dim": 2, "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-         "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D")}
+SMALL = {
+    "sample_size": 8,
+    "block_out_channels": (8, 16),
+    "layers_per_block": 1,
+    "cross_attention_dim": 8,
+    "norm_num_groups": 4,
+    "attention_head_dim": 2,
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+}
 
 
 @pytest.fixture(scope="module")
@@ -134,8 +141,10 @@ def results(seconds: float, relative: float = 1e-6) -> dict[str, Any]:
 
 
 def test_medians_spread_and_the_range_of_each_round() -> None:
-    sides = {"ours": side_from_rounds([results(s) for s in (2.0, 1.0, 4.0)]),
-             "dynamo": side_from_rounds([results(s) for s in (4.0, 5.0, 5.0)])}
+    sides = {
+        "ours": side_from_rounds([results(s) for s in (2.0, 1.0, 4.0)]),
+        "dynamo": side_from_rounds([results(s) for s in (4.0, 5.0, 5.0)]),
+    }
     assert sides["ours"]["export_s"] == {"median": 2.0, "spread": 1.5, "rounds": [2.0, 1.0, 4.0]}
     row = ratio_row({"sides": sides}, Ratio("wall", "ours.export_s", "dynamo.export_s", "C5"))
     assert (row["value"], row["low"], row["high"], row["mark"]) == (0.4, 0.2, 0.8, "goal")

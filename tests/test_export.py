@@ -30,7 +30,9 @@ def test_every_component_is_proved_at_three_sets_of_sizes(demo_bundle: Path) -> 
     assert set(bundle.manifest.components) == {"text_encoder", "unet", "vae_encoder", "vae_decoder"}
     for artifact in bundle.artifacts(kind="onnx"):
         assert artifact.parity is not None and artifact.parity.passed
-        traced, untraced = (next(s.sizes for s in artifact.parity.shapes if s.name == n) for n in ("traced", "untraced"))
+        traced, untraced = (
+            next(s.sizes for s in artifact.parity.shapes if s.name == n) for n in ("traced", "untraced")
+        )
         assert traced != untraced
         assert all(o.finite for s in artifact.parity.shapes for o in s.outputs)
 
@@ -76,7 +78,9 @@ def test_external_data_is_read_in_place_by_onnx_safetensors(demo_bundle: Path) -
     import onnx_ir as ir
 
     model = ir.load(demo_bundle / "text_encoder" / "text_encoder.fp32.onnx")
-    value = next(v for v in model.graph.initializers.values() if v.const_value is not None and v.const_value.nbytes > 1024)
+    value = next(
+        v for v in model.graph.initializers.values() if v.const_value is not None and v.const_value.nbytes > 1024
+    )
     with safe_open(demo_bundle / "text_encoder" / "text_encoder.fp32.safetensors", "np") as file:
         stored = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
     assert value.const_value is not None
@@ -117,7 +121,9 @@ def test_graphs_of_one_precision_share_their_weights(tmp_path: Path) -> None:
 
 def test_a_static_axis_makes_a_static_graph(tmp_path: Path) -> None:
     optimize.export("demo", tmp_path / "b", components=["vae_decoder"], axes=["height=32", "width=32", "batch=1"])
-    session = ort.InferenceSession(tmp_path / "b" / "vae_decoder" / "vae_decoder.fp32.onnx", providers=["CPUExecutionProvider"])
+    session = ort.InferenceSession(
+        tmp_path / "b" / "vae_decoder" / "vae_decoder.fp32.onnx", providers=["CPUExecutionProvider"]
+    )
     assert session.get_inputs()[0].shape == [1, 4, 8, 8]
     assert session.get_outputs()[0].shape == [1, 1, 32, 32]
 
@@ -125,7 +131,12 @@ def test_a_static_axis_makes_a_static_graph(tmp_path: Path) -> None:
 def test_dry_run_writes_nothing_and_prints_the_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["export", "demo", "--out", str(tmp_path / "b"), "--dry-run", "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
-    assert [row["artifact"] for row in plan["rows"]] == ["text_encoder/fp32", "unet/fp32", "vae_encoder/fp32", "vae_decoder/fp32"]
+    assert [row["artifact"] for row in plan["rows"]] == [
+        "text_encoder/fp32",
+        "unet/fp32",
+        "vae_encoder/fp32",
+        "vae_decoder/fp32",
+    ]
     assert plan["steps"][0] == "trace on meta tensors"
     assert not (tmp_path / "b").exists()
 

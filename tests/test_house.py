@@ -13,8 +13,23 @@ import optimize
 
 ROOT = Path(optimize.__file__).parent
 ROOMS = ("kernels", "compile", "quantize", "profiles", "tools")
-HEAVY = ("torch", "onnx", "onnx_ir", "onnxruntime", "diffusers", "transformers", "triton", "tensorrt", "tensorrt_rtx",
-         "accelerate", "optimum", "polygraphy", "safetensors", "netron", "sklearn")
+HEAVY = (
+    "torch",
+    "onnx",
+    "onnx_ir",
+    "onnxruntime",
+    "diffusers",
+    "transformers",
+    "triton",
+    "tensorrt",
+    "tensorrt_rtx",
+    "accelerate",
+    "optimum",
+    "polygraphy",
+    "safetensors",
+    "netron",
+    "sklearn",
+)
 ALLOWED = {
     "kernels": set(),
     "compile": {"kernels"},
@@ -62,8 +77,22 @@ def test_rooms_import_one_way() -> None:
 
 
 def test_public_names_are_these_and_exist() -> None:
-    assert optimize.__all__ == ["Axis", "Bundle", "Component", "GateError", "InputError", "InternalError", "MissingError",
-                                "OptimizeError", "TensorSpec", "build", "export", "inspect", "load", "verify"]
+    assert optimize.__all__ == [
+        "Axis",
+        "Bundle",
+        "Component",
+        "GateError",
+        "InputError",
+        "InternalError",
+        "MissingError",
+        "OptimizeError",
+        "TensorSpec",
+        "build",
+        "export",
+        "inspect",
+        "load",
+        "verify",
+    ]
     for name in optimize.__all__:
         assert getattr(optimize, name).__doc__, name
 
@@ -75,12 +104,33 @@ def run_blocked(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", BLOCK + code], capture_output=True, text=True, check=False)
 
 
-LIGHT = ["optimize", "optimize.errors", "optimize.progress", "optimize.exporting", "optimize.loading",
-         "optimize.compile", "optimize.compile.spec", "optimize.compile.adapters", "optimize.compile.architectures",
-         "optimize.compile.bundle", "optimize.compile.records", "optimize.compile.weights", "optimize.compile.digests",
-         "optimize.compile.tensorrt", "optimize.kernels", "optimize.quantize", "optimize.profiles",
-         "optimize.profiles.targets", "optimize.tools", "optimize.tools.cli", "optimize.tools.doctor",
-         "optimize.tools.tables", "optimize.tools.inspecting", "optimize.tools.netron", "optimize.tools.demo"]
+LIGHT = [
+    "optimize",
+    "optimize.errors",
+    "optimize.progress",
+    "optimize.exporting",
+    "optimize.loading",
+    "optimize.compile",
+    "optimize.compile.spec",
+    "optimize.compile.adapters",
+    "optimize.compile.architectures",
+    "optimize.compile.bundle",
+    "optimize.compile.records",
+    "optimize.compile.weights",
+    "optimize.compile.digests",
+    "optimize.compile.tensorrt",
+    "optimize.kernels",
+    "optimize.quantize",
+    "optimize.profiles",
+    "optimize.profiles.targets",
+    "optimize.tools",
+    "optimize.tools.cli",
+    "optimize.tools.doctor",
+    "optimize.tools.tables",
+    "optimize.tools.inspecting",
+    "optimize.tools.netron",
+    "optimize.tools.demo",
+]
 
 
 @pytest.mark.parametrize("module", LIGHT)
@@ -104,8 +154,11 @@ def test_looking_around_works_with_the_heavy_packages_blocked(verb: str) -> None
 
 def test_every_module_imports() -> None:
     """The heavy ones too, each in a fresh interpreter where nothing else has been imported."""
-    names = [f"optimize.{room_of(p)}.{p.stem}" if room_of(p) != "front door" else f"optimize.{p.stem}"
-             for p in sources() if p.stem != "__init__"]
+    names = [
+        f"optimize.{room_of(p)}.{p.stem}" if room_of(p) != "front door" else f"optimize.{p.stem}"
+        for p in sources()
+        if p.stem != "__init__"
+    ]
     code = "import importlib, sys\nfor n in sys.argv[1:]: importlib.import_module(n)"
     for first in names[:: max(1, len(names) // 3)]:
         done = subprocess.run([sys.executable, "-c", code, first, *names], capture_output=True, text=True, check=False)

@@ -18,8 +18,12 @@ from optimize.tools import cli, inspecting
 from optimize.tools.inspecting import Inspection, inspect
 
 FLOATS = {onnx.TensorProto.FLOAT: ("float32", 4), onnx.TensorProto.FLOAT16: ("float16", 2)}
-NAMES = {onnx.TensorProto.INT64: "int64", onnx.TensorProto.BOOL: "bool", onnx.TensorProto.INT32: "int32",
-         **{code: name for code, (name, _) in FLOATS.items()}}
+NAMES = {
+    onnx.TensorProto.INT64: "int64",
+    onnx.TensorProto.BOOL: "bool",
+    onnx.TensorProto.INT32: "int32",
+    **{code: name for code, (name, _) in FLOATS.items()},
+}
 ALL = ["text_encoder/fp32", "text_encoder/fp16", "unet/fp32", "vae_encoder/fp32", "vae_decoder/fp32"]
 
 
@@ -86,9 +90,16 @@ def test_engines_are_listed_with_target_and_downgrades(demo_bundle: Path, tmp_pa
     manifest = json.loads((bundle / "manifest.json").read_text())
     made = manifest["artifacts"]["unet/fp32"]
     manifest["artifacts"]["unet/fp32/sm89"] = {
-        **made, "id": "unet/fp32/sm89", "kind": "engine", "path": "unet/unet.engine", "bytes": 7,
-        "parents": ["unet/fp32"], "spec": {"precision": "fp32", "target": "rtx-4090", "sm": 89}, "parity": None,
-        "downgrades": ["attention decomposed"]}
+        **made,
+        "id": "unet/fp32/sm89",
+        "kind": "engine",
+        "path": "unet/unet.engine",
+        "bytes": 7,
+        "parents": ["unet/fp32"],
+        "spec": {"precision": "fp32", "target": "rtx-4090", "sm": 89},
+        "parity": None,
+        "downgrades": ["attention decomposed"],
+    }
     (bundle / "manifest.json").write_text(json.dumps(manifest))
     engine = next(a for a in inspect(bundle).artifacts if a.kind == "engine")
     assert (engine.target, engine.downgrades, engine.bytes) == ("rtx-4090 (SM89)", ("attention decomposed",), 7)
@@ -99,7 +110,10 @@ def test_engines_are_listed_with_target_and_downgrades(demo_bundle: Path, tmp_pa
 def test_inputs_and_axes(demo_bundle: Path) -> None:
     (graph,) = inspect(demo_bundle, component="unet").graphs
     assert [(t.name, t.dtype) for t in graph.inputs] == [
-        ("sample", "float32"), ("timestep", "float32"), ("encoder_hidden_states", "float32")]
+        ("sample", "float32"),
+        ("timestep", "float32"),
+        ("encoder_hidden_states", "float32"),
+    ]
     assert graph.inputs[0].dims == ("batch", 4, "height/4", "width/4")
     axes = {a.name: a for a in graph.axes}
     assert axes["height"].range == "8:32:64" and axes["height"].where == ("sample[2]",)
@@ -122,8 +136,9 @@ def copy_of(bundle: Path, folder: Path) -> Path:
     return Path(shutil.copytree(bundle, folder / "copy"))
 
 
-def test_weights_are_not_needed(demo_bundle: Path, tmp_path: Path, whole: Inspection,
-                                capsys: pytest.CaptureFixture[str]) -> None:
+def test_weights_are_not_needed(
+    demo_bundle: Path, tmp_path: Path, whole: Inspection, capsys: pytest.CaptureFixture[str]
+) -> None:
     bundle = copy_of(demo_bundle, tmp_path)
     weights = bundle / "unet" / "unet.fp32.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
@@ -134,7 +149,10 @@ def test_weights_are_not_needed(demo_bundle: Path, tmp_path: Path, whole: Inspec
     assert graph.warnings == (f"its weights are missing: {weights}",)
     expected = next(g for g in whole.graphs if g.name == "unet/fp32")
     assert (graph.parameters, graph.weight_bytes, graph.largest) == (
-        expected.parameters, expected.weight_bytes, expected.largest)
+        expected.parameters,
+        expected.weight_bytes,
+        expected.largest,
+    )
     assert cli.main(["inspect", str(bundle), "--component", "unet"]) == 0
     assert "its weights are missing" in capsys.readouterr().err
 
@@ -162,8 +180,26 @@ def test_json_has_all_of_it(demo_bundle: Path, whole: Inspection, capsys: pytest
     assert printed == json.loads(json.dumps(dataclasses.asdict(whole)))
     assert list(printed) == ["path", "source", "components", "artifacts", "graphs"]
     assert list(printed["graphs"][0]) == [
-        "name", "path", "file_bytes", "opset", "opsets", "ir_version", "producer", "metadata", "inputs", "outputs",
-        "axes", "nodes", "operators", "parameters", "weight_bytes", "precision", "largest", "sites", "warnings"]
+        "name",
+        "path",
+        "file_bytes",
+        "opset",
+        "opsets",
+        "ir_version",
+        "producer",
+        "metadata",
+        "inputs",
+        "outputs",
+        "axes",
+        "nodes",
+        "operators",
+        "parameters",
+        "weight_bytes",
+        "precision",
+        "largest",
+        "sites",
+        "warnings",
+    ]
     assert list(printed["graphs"][0]["sites"][0]) == ["path", "kind", "node", "standard", "into", "reason"]
 
 

@@ -66,7 +66,8 @@ def test_the_unet_is_drawn(view: Path, tmp_path: Path) -> None:
         page.goto(url)
         page.wait_for_selector('g.node[transform]:not([style*="opacity: 0"])', state="attached", timeout=30_000)
         boxes = page.locator("g.node").evaluate_all(
-            "found => found.map(g => [g.id, g.querySelector('text').textContent, g.getAttribute('transform')])")
+            "found => found.map(g => [g.id, g.querySelector('text').textContent, g.getAttribute('transform')])"
+        )
         edges = page.locator("path.edge-path").count()
         page.screenshot(path=tmp_path / "unet.png")
         browser.close()
@@ -130,8 +131,9 @@ def test_a_browser_that_leaves_is_no_error(tmp_path: Path, capsys: pytest.Captur
     assert capsys.readouterr().err == ""
 
 
-def test_without_netron_it_says_what_to_install(view: Path, monkeypatch: pytest.MonkeyPatch,
-                                                capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_netron_it_says_what_to_install(
+    view: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(netron, "find_spec", lambda name: None)
     with pytest.raises(MissingError, match=re.escape("pip install 'optimize[netron]'")):
         netron.serve(view)
@@ -164,8 +166,9 @@ def test_the_view_has_no_weights_and_a_file_is_served_itself(demo_bundle: Path, 
 # --- one block -------------------------------------------------------------------------------------------------------
 
 
-def test_one_block_of_the_unet(demo_bundle: Path, view: Path, tmp_path: Path,
-                               capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_block_of_the_unet(
+    demo_bundle: Path, view: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "new" / "block.onnx"
     assert cli.main(["inspect", str(demo_bundle), "--component", "unet", "--block", str(out)]) == 0
     path = "down_blocks.0.attentions.0.transformer_blocks.0"
@@ -173,7 +176,8 @@ def test_one_block_of_the_unet(demo_bundle: Path, view: Path, tmp_path: Path,
     graph, block = onnx.load(view).graph, onnx.load(out).graph
     expected = [n for n in graph.node if n.name.startswith((path + "/", path + "."))]
     assert [(n.op_type, n.name, list(n.input)) for n in block.node] == [
-        (n.op_type, n.name, list(n.input)) for n in expected]
+        (n.op_type, n.name, list(n.input)) for n in expected
+    ]
     assert [i.name for i in block.input] == ["down_blocks.0.attentions.0/Reshape", "encoder_hidden_states"]
     assert [o.name for o in block.output] == [f"{path}/Add_2"]
     assert len({n.name.split("transformer_blocks")[0] for n in graph.node if "transformer_blocks" in n.name}) == 4

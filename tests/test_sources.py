@@ -1,4 +1,4 @@
-"""Every form of a source: its components and axes, and an export of one of them that agrees with the library's own model.
+"""Every form of a source: its components and axes, and an export of one of them that agrees with the library's model.
 
 The gate compares an export with our own eager module; here the other side is what `from_pretrained` gives, so that a
 weight bound to a wrong name cannot hide.
@@ -28,8 +28,10 @@ from optimize.errors import InputError
 from optimize.tools.cli import main
 
 DEMO = Path(optimize.__file__).parent / "demo"
-SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, "vocab_size": 120,
-         "max_position_embeddings": 40}
+SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64,
+         "vocab_size": 120, "max_position_embeddings": 40}
+SMALL_DISTIL = {"dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 64, "vocab_size": 120,
+                "max_position_embeddings": 40}
 BERT_AXES = {"batch": "1:1:8", "tokens": "1:40:40"}
 
 
@@ -50,7 +52,8 @@ def alone(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFact
 
 def axes_of(text: str | Path, **trust: bool) -> dict[str, dict[str, str]]:
     """Component -> axis -> `min:opt:max` of a source."""
-    return {c.name: {n: str(a) for n, a in c.axes.items()} for c in source_from_text(str(text), Trust(**trust)).components}
+    components = source_from_text(str(text), Trust(**trust)).components
+    return {c.name: {n: str(a) for n, a in c.axes.items()} for c in components}
 
 
 def outputs_of(root: Path, name: str, sizes: dict[str, int]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
@@ -82,8 +85,7 @@ def transformers_folder(folder: Path, kind: str, config: str, **words: Any) -> t
     """A tiny model of class `kind`, saved by its own save_pretrained."""
     import transformers
 
-    values = {"dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 64, "vocab_size": 120, "max_position_embeddings": 40}
-    settings = getattr(transformers, config)(**(values if config == "DistilBertConfig" else SMALL))
+    settings = getattr(transformers, config)(**(SMALL_DISTIL if config == "DistilBertConfig" else SMALL))
     torch.manual_seed(0)
     module = spread(getattr(transformers, kind)(settings))
     module.save_pretrained(folder, **words)
@@ -117,7 +119,12 @@ def test_transformers_folder(kind: str, tmp_path: Path) -> None:
 
 def old_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """As the first BERT checkpoints have them."""
-    return {f"bert.{k}".replace("Norm.weight", "Norm.gamma").replace("Norm.bias", "Norm.beta"): v for k, v in state.items()}
+    return {f"bert.{name}".replace("Norm.weight", "Norm.gamma").replace("Norm.bias", "Norm.beta"): tensor
+            for name, tensor in state.items()}
+
+
+def with_prefix(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {f"bert.{name}": tensor for name, tensor in state.items()}
 
 
 def remake(folder: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]], *,
@@ -144,7 +151,7 @@ BERT_FORMS: dict[str, tuple[dict[str, Any], Callable[[Path], Any]]] = {
     "fp16 variant in shards": ({"variant": "fp16", "max_shard_size": "20KB"}, lambda folder: None),
     "old names": ({}, lambda folder: remake(folder, old_names)),
     "old names, pickled": ({}, lambda folder: remake(folder, old_names, pickled=True)),
-    "a prefix that the class lacks": ({}, lambda folder: remake(folder, lambda s: {f"bert.{k}": v for k, v in s.items()})),
+    "a prefix that the class lacks": ({}, lambda folder: remake(folder, with_prefix)),
     "no class in the config": ({}, without_architectures),
 }
 
@@ -273,7 +280,8 @@ VAE_FORMS: dict[str, tuple[dict[str, Any], Callable[[Path], Any], list[str]]] = 
     "old attention": ({}, lambda folder: remake(folder, old_attention), []),
     "old attention, convolved": ({}, lambda folder: remake(folder, lambda s: old_attention(s, True)), []),
     "old attention, pickled": ({}, lambda folder: remake(folder, old_attention, pickled=True), ["--allow-pickle"]),
-    "pickled shards": ({"safe_serialization": False, "max_shard_size": "40KB"}, lambda folder: None, ["--allow-pickle"]),
+    "pickled shards": (
+        {"safe_serialization": False, "max_shard_size": "40KB"}, lambda folder: None, ["--allow-pickle"]),
 }
 
 
@@ -367,7 +375,8 @@ class Mixer(torch.nn.Module):
 def mixer():
     torch.manual_seed(3)
     axes = [Axis("batch", 1, 1, 8), Axis("tokens", 1, 8, 64), Axis("height", 8, 16, 64, 8)]
-    inputs = [TensorSpec("ids", ("batch", "tokens"), "int64", "ids:30"), TensorSpec("image", ("batch", 3, "height", "height/2"))]
+    inputs = [TensorSpec("ids", ("batch", "tokens"), "int64", "ids:30"),
+              TensorSpec("image", ("batch", 3, "height", "height/2"))]
     return Component.from_module(Mixer(), inputs, ["words", "mirrored"], axes, name="mixer", role="toy")
 def two():
     torch.manual_seed(3)
@@ -407,10 +416,10 @@ def test_architectures(tmp_path: Path) -> None:
 # --- real weights ----------------------------------------------------------------------------------------------------
 
 SENTENCES = [
-    "A man is eating food.", "A man is eating a piece of bread.", "The girl is carrying a baby.", "A man is riding a horse.",
-    "A woman is playing violin.", "Two men pushed carts through the woods.", "A cheetah is running behind its prey.",
+    "A man is eating food.", "A man is eating a piece of bread.", "The girl is carrying a baby.",
+    "A man is riding a horse.", "A woman is playing violin.", "Two men pushed carts through the woods.", "A cheetah is running behind its prey.",
     "The quick brown fox jumps over the lazy dog.", "TensorRT builds an engine for one GPU.", "Yes.",
-    "A diffusion model removes noise, a little at a time, until what is left looks as though it had been there all along.",
+    "A diffusion model removes noise, a little at a time, until what is left looks as though it had always been there.",
     "¿Dónde está la biblioteca?", "3.14159 is not 22/7.",
 ]
 
@@ -434,7 +443,7 @@ def test_the_real_minilm_by_path_alone(tmp_path: Path) -> None:
     cosine = torch.nn.functional.cosine_similarity(ours.double(), theirs.double())
     assert cosine.shape == (len(SENTENCES),) and float(cosine.min()) >= 0.99999
     alike = torch.nn.functional.cosine_similarity(ours[:1], ours)
-    assert alike[1] > 0.7 and int(alike[2:].argmax()) != -1 and float(alike[2:].max()) < 0.5  # real weights: it understands
+    assert alike[1] > 0.7 and float(alike[2:].max()) < 0.5  # the real weights: it knows what is alike
 
 
 def pooled(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -17,7 +17,11 @@ from optimize.tools.cli import main
 
 TABLE = Path(__file__).parent.parent / "SUPPORT.md"
 PARTS = {key for parts in PIPELINES.values() for key in parts.values()}
-SINGLE = [n for n in ARCHITECTURES if n not in PARTS or n in ("vae-sd15", "vae-sdxl", "vae-sd3", "vae-flux", "clip-l", "t5-xxl")]
+SINGLE = [
+    n
+    for n in ARCHITECTURES
+    if n not in PARTS or n in ("vae-sd15", "vae-sdxl", "vae-sd3", "vae-flux", "clip-l", "t5-xxl")
+]
 NAMES = [*PIPELINES, *SINGLE]
 LOW = ["clip-l", "vae-sd15", "dit-xl-2-256", "llama", "stylegan2", "bert-base"]
 """Architectures whose fp16 and bf16 run each time; the others' run when the table is written."""
@@ -53,17 +57,26 @@ def rows_of(name: str, folder: Path, precisions: list[str]) -> dict[tuple[str, s
 
 def line_of(key: tuple[str, str], row: dict[str, str]) -> str:
     name, component = key
-    cells = [f"`arch:{name}`", component, row["class"], row["axes"], row.get("nodes", ""), *(row.get(p, "") for p in ("fp32", "fp16", "bf16"))]
+    cells = [
+        f"`arch:{name}`",
+        component,
+        row["class"],
+        row["axes"],
+        row.get("nodes", ""),
+        *(row.get(p, "") for p in ("fp32", "fp16", "bf16")),
+    ]
     return "| " + " | ".join(cells) + " |"
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_exports_and_verifies(name: str, tmp_path: Path, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]) -> None:
+def test_exports_and_verifies(
+    name: str, tmp_path: Path, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]
+) -> None:
     write = request.config.getoption("--write-support")
     precisions = ["fp32", "fp16", "bf16"] if write or name in LOW else ["fp32"]
     rows = rows_of(name, tmp_path / "bundle", precisions)
     printed = capsys.readouterr().out
-    states = json.loads(printed[printed.index("[\n"):])
+    states = json.loads(printed[printed.index("[\n") :])
     assert states and all(s["state"] == "passed" for s in states)
     if write:
         old = TABLE.read_text().splitlines() if TABLE.exists() else []

@@ -62,8 +62,14 @@ CASES: Mapping[str, Case] = {
     "tiny": Case("arch:sd15@tiny's U-Net", ARCHITECTURES["sd15-unet"].values(tiny=True), latency=pixels(64, 8)),
     "unet-220m": Case("a U-Net of 220M parameters", UNET_220M, latency=pixels(512)),
     "sd15-unet": Case("the U-Net of SD 1.5, 860M parameters", ARCHITECTURES["sd15-unet"].values(), latency=pixels(256)),
-    "sdxl-unet-fp16": Case("the U-Net of SDXL in fp16: memory", ARCHITECTURES["sdxl-base-unet"].values(), "fp16",
-                           sides=("ours", "ours-gated"), ratios=bench_record.MEMORY, memory=3 << 29),
+    "sdxl-unet-fp16": Case(
+        "the U-Net of SDXL in fp16: memory",
+        ARCHITECTURES["sdxl-base-unet"].values(),
+        "fp16",
+        sides=("ours", "ours-gated"),
+        ratios=bench_record.MEMORY,
+        memory=3 << 29,
+    ),
     "help": Case("what it costs to ask for help", sides=(), ratios=bench_record.COMMAND),
 }
 
@@ -91,8 +97,14 @@ class Bench:
         folder.mkdir(parents=True, exist_ok=True)
         job = {"side": side, "folder": str(folder), "precision": self.case.precision, **words}
         start = time.perf_counter()
-        done = subprocess.run([str(python), "-P", str(WORKER)], input=json.dumps(job), capture_output=True, text=True,
-                              check=False, env={**os.environ, "OPTIMIZE_CACHE": str(folder / "cache")})
+        done = subprocess.run(
+            [str(python), "-P", str(WORKER)],
+            input=json.dumps(job),
+            capture_output=True,
+            text=True,
+            check=False,
+            env={**os.environ, "OPTIMIZE_CACHE": str(folder / "cache")},
+        )
         seconds = time.perf_counter() - start
         if done.returncode:
             last = (done.stderr or done.stdout or "silent").strip().splitlines()[-1]
@@ -118,8 +130,9 @@ class Ready:
 def ready(bench: Bench) -> Ready:
     """Makes the model's folder where it is not there, and eager's answer where somebody will ask for it."""
     model = bench.work / f"model-{bench.name}" / "unet"
-    facts = bench.worker("prepare", bench.work / "prepare", model=str(model), class_name="UNet2DConditionModel",
-                         config=bench.case.config)
+    facts = bench.worker(
+        "prepare", bench.work / "prepare", model=str(model), class_name="UNet2DConditionModel", config=bench.case.config
+    )
     sizes = {"untraced": facts["sizes"]["untraced"], "latency": bench.case.latency}
     reference = ""
     if bench.case.latency:
@@ -130,8 +143,9 @@ def ready(bench: Bench) -> Ready:
 
 def exported(bench: Bench, side: str, folder: Path, known: Ready) -> dict[str, Any]:
     """One side's export in one round; of our whole command, also the second run on the same bundle."""
-    words = dict(model=str(known.model), inputs=known.facts["inputs"], outputs=known.facts["outputs"],
-                 memory=bench.case.memory)
+    words = dict(
+        model=str(known.model), inputs=known.facts["inputs"], outputs=known.facts["outputs"], memory=bench.case.memory
+    )
     try:
         result = bench.worker(side, folder, **words)
         if side == "ours-gated":
@@ -146,8 +160,15 @@ def judged(bench: Bench, results: dict[str, dict[str, Any]], folder: Path, known
     """Adds what each graph is, and parity and latency to each result that has no parity of its own."""
     graphs = {side: r["graph"] for side, r in results.items() if "graph" in r}
     open_ones = [side for side in order if side in graphs and "parity" not in results[side]]
-    answer = bench.worker("judge", folder, model=known.reference, graphs=graphs, sizes=known.sizes,
-                          runs=bench.case.runs, order=open_ones if bench.case.latency else ())
+    answer = bench.worker(
+        "judge",
+        folder,
+        model=known.reference,
+        graphs=graphs,
+        sizes=known.sizes,
+        runs=bench.case.runs,
+        order=open_ones if bench.case.latency else (),
+    )
     for side, said in answer["sides"].items():
         results[side] |= said
     if not bench.case.latency:  # too large for the judge: the gate's parity holds for the same nodes and weights
@@ -208,31 +229,54 @@ def record_of(bench: Bench, skipped: Mapping[str, str]) -> dict[str, Any]:
         rounds = run_commands(bench)
         sides = {n: {"state": "measured", "wall_s": bench_record.figure([r[n] for r in rounds])} for n in rounds[0]}
     sides |= {side: {"state": "skipped", "why": f"skipped: {why}"} for side, why in skipped.items()}
-    record |= {"made": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "commit": bench_machine.commit(ROOT),
-               "device": bench_machine.device(), "load": load.so_far(),
-               "versions": bench.versions or {"ours": {"python": platform.python_version()}}, "rounds": bench.rounds,
-               "seed": bench.seed, "order": [list(r) for r in rounds], "measures": bench_record.MEASURES,
-               "sides": sides}
+    record |= {
+        "made": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "commit": bench_machine.commit(ROOT),
+        "device": bench_machine.device(),
+        "load": load.so_far(),
+        "versions": bench.versions or {"ours": {"python": platform.python_version()}},
+        "rounds": bench.rounds,
+        "seed": bench.seed,
+        "order": [list(r) for r in rounds],
+        "measures": bench_record.MEASURES,
+        "sides": sides,
+    }
     return record | {"ratios": [bench_record.ratio_row(record, r) for r in bench.case.ratios]}
 
 
 def model_record(bench: Bench, known: Ready) -> dict[str, Any]:
-    return {"class": "UNet2DConditionModel", "config": bench.case.config, "precision": bench.case.precision,
-            "parameters": known.facts["parameters"], "weights_bytes": known.facts["weights_bytes"],
-            "axes": {name: spec["axes"] for name, spec in known.facts["inputs"].items()},
-            "sizes": {**known.facts["sizes"], "latency": bench.case.latency}}
+    return {
+        "class": "UNet2DConditionModel",
+        "config": bench.case.config,
+        "precision": bench.case.precision,
+        "parameters": known.facts["parameters"],
+        "weights_bytes": known.facts["weights_bytes"],
+        "axes": {name: spec["axes"] for name, spec in known.facts["inputs"].items()},
+        "sizes": {**known.facts["sizes"], "latency": bench.case.latency},
+    }
 
 
 # --- the words -------------------------------------------------------------------------------------------------------
 
 
-def run_case(name: str, *, rounds: int, seed: int, work: Path, records: Path, optimum: Path | None = None,
-             sides: Sequence[str] = ()) -> Path:
+def run_case(
+    name: str,
+    *,
+    rounds: int,
+    seed: int,
+    work: Path,
+    records: Path,
+    optimum: Path | None = None,
+    sides: Sequence[str] = (),
+) -> Path:
     """Runs one case and writes its record; gives the record's path."""
     case = CASES[name]
     chosen = [s for s in case.sides if not sides or s in sides]
-    skipped = {s: "needs --optimum-python (make its environment with --make-optimum-env)" for s in chosen
-               if s == "optimum" and optimum is None}
+    skipped = {
+        s: "needs --optimum-python (make its environment with --make-optimum-env)"
+        for s in chosen
+        if s == "optimum" and optimum is None
+    }
     bench = Bench(case, name, tuple(s for s in chosen if s not in skipped), rounds, seed, work, optimum)
     path = bench_record.write_record(record_of(bench, skipped), records)
     bench_machine.say(f"{name}: {path}")
@@ -261,8 +305,15 @@ def run(args: argparse.Namespace) -> None:
         raise MissingError("--optimum-python is not there", got=optimum, mend="make it: --make-optimum-env DIR")
     with tempfile.TemporaryDirectory(prefix="bench-export-") as temporary:
         for name in args.case:
-            run_case(name, rounds=args.rounds, seed=args.seed, work=args.work or Path(temporary), records=args.records,
-                     optimum=optimum, sides=args.side)
+            run_case(
+                name,
+                rounds=args.rounds,
+                seed=args.seed,
+                work=args.work or Path(temporary),
+                records=args.records,
+                optimum=optimum,
+                sides=args.side,
+            )
     if args.table:
         print(bench_record.table(args.records))
 

@@ -37,13 +37,23 @@ def prepare(job: Job) -> dict[str, Any]:
         module.save_pretrained(folder)
     component = component_of(job)
     sizes = component.shape_sets()
-    inputs = {t.name: {"shape": t.sizes(sizes["traced"]), "dtype": t.torch_dtype(job.precision),
-                       "axes": axes_of(component, t.shape)} for t in component.inputs}
+    inputs = {
+        t.name: {
+            "shape": t.sizes(sizes["traced"]),
+            "dtype": t.torch_dtype(job.precision),
+            "axes": axes_of(component, t.shape),
+        }
+        for t in component.inputs
+    }
     (sample,) = (t for t in component.inputs if t.name == "sample")  # a U-Net's output varies as its first input does
     outputs = {name: {"axes": axes_of(component, sample.shape)} for name in component.outputs}
-    return {"inputs": inputs, "outputs": outputs, "sizes": sizes,
-            "parameters": sum(p.numel() for p in component.build().parameters()),
-            "weights_bytes": sum(p.stat().st_size for p in folder.glob("*.safetensors"))}
+    return {
+        "inputs": inputs,
+        "outputs": outputs,
+        "sizes": sizes,
+        "parameters": sum(p.numel() for p in component.build().parameters()),
+        "weights_bytes": sum(p.stat().st_size for p in folder.glob("*.safetensors")),
+    }
 
 
 def axes_of(component: Component, shape: tuple[int | str, ...]) -> dict[int, tuple[str, int]]:
@@ -102,8 +112,13 @@ def judge(job: Job) -> dict[str, Any]:
 
 
 def parity_of_graph(job: Job, side: str, saved: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-    found: dict[str, Any] = {"passed": False, "sizes": dict(job.sizes["untraced"]), "rule": parity.rule_of("fp32"),
-                             "by": "judge", "backend": "onnxruntime CPU"}
+    found: dict[str, Any] = {
+        "passed": False,
+        "sizes": dict(job.sizes["untraced"]),
+        "rule": parity.rule_of("fp32"),
+        "by": "judge",
+        "backend": "onnxruntime CPU",
+    }
     exact = part(saved, "untraced.exact.")
     try:
         with OnnxRuntimeRunner(Path(job.graphs[side])) as runner:
@@ -114,8 +129,9 @@ def parity_of_graph(job: Job, side: str, saved: Mapping[str, torch.Tensor]) -> d
     return {**found, "passed": relative <= parity.FP32_LIMIT, "relative": relative, "worst": worst}
 
 
-def latencies_ms(path: Path, feeds: Mapping[str, torch.Tensor], threads: int,
-                 runs: int) -> tuple[list[float], list[float]]:
+def latencies_ms(
+    path: Path, feeds: Mapping[str, torch.Tensor], threads: int, runs: int
+) -> tuple[list[float], list[float]]:
     """(wall, processor time of all threads) of each run after one that is not counted."""
     wall, cpu = [], []
     with OnnxRuntimeRunner(path, threads=threads) as runner:
@@ -162,9 +178,14 @@ def facts_of_graph(path: Path) -> dict[str, Any]:
             while block := file.read(1 << 22):
                 digest.update(block)
     constants = kinds.get("Constant", 0)
-    return {"nodes": sum(kinds.values()), "constant_nodes": constants, "opset": model.opset_import[0].version,
-            "file_bytes": path.stat().st_size + sum((path.parent / f).stat().st_size for f in files),
-            "files": 1 + len(files), "digest": digest.hexdigest()}
+    return {
+        "nodes": sum(kinds.values()),
+        "constant_nodes": constants,
+        "opset": model.opset_import[0].version,
+        "file_bytes": path.stat().st_size + sum((path.parent / f).stat().st_size for f in files),
+        "files": 1 + len(files),
+        "digest": digest.hexdigest(),
+    }
 
 
 JOBS: Mapping[str, Callable[[Job], dict[str, Any]]] = {"prepare": prepare, "reference": reference, "judge": judge}

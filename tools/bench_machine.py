@@ -16,8 +16,15 @@ from optimize.errors import MissingError
 BUSY = 0.05  # share of the machine's time that other processes may take before a record says so
 OPTIMUM_ENV = (
     ("torch==2.13.0",),  # first and alone: with it in place nothing pulls torch's CUDA packages
-    ("transformers==4.57.6", "diffusers==0.39.0", "optimum==2.1.0", "optimum-onnx==0.1.0", "onnx==1.23.2",
-     "onnxruntime==1.31.1", "accelerate==1.15.0"),
+    (
+        "transformers==4.57.6",
+        "diffusers==0.39.0",
+        "optimum==2.1.0",
+        "optimum-onnx==0.1.0",
+        "onnx==1.23.2",
+        "onnxruntime==1.31.1",
+        "accelerate==1.15.0",
+    ),
 )
 
 
@@ -43,8 +50,13 @@ class Load:
         seconds, now = time.perf_counter() - self.start, cpu_seconds()
         others = (now[0] - self.cpu[0]) - (now[1] - self.cpu[1])
         share = max(0.0, others / (seconds * (os.cpu_count() or 1)))
-        return {"average_before": self.before, "average_after": os.getloadavg(), "seconds": seconds, "others": share,
-                "busy": share > BUSY}
+        return {
+            "average_before": self.before,
+            "average_after": os.getloadavg(),
+            "seconds": seconds,
+            "others": share,
+            "busy": share > BUSY,
+        }
 
 
 def device() -> dict[str, Any]:
@@ -52,14 +64,18 @@ def device() -> dict[str, Any]:
     lines = (line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines())
     about = {name.strip(): value.strip() for name, _, value in lines}
     flags = about.get("flags", "").split()
-    return {"cpu": about.get("model name", platform.processor()), "cores": len(os.sched_getaffinity(0)),
-            "system": f"{platform.system()} {platform.release()}",
-            "vector": sorted(f for f in flags if f in ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile")),
-            "memory_gib": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30}
+    return {
+        "cpu": about.get("model name", platform.processor()),
+        "cores": len(os.sched_getaffinity(0)),
+        "system": f"{platform.system()} {platform.release()}",
+        "vector": sorted(f for f in flags if f in ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile")),
+        "memory_gib": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30,
+    }
 
 
 def commit(root: Path) -> dict[str, Any]:
     """The revision, and whether the sources that it names were changed since."""
+
     def git(*words: str) -> str:
         done = subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, check=False)
         return done.stdout.strip()

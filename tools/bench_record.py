@@ -30,8 +30,14 @@ class Goal(NamedTuple):
 
 
 GOALS: Mapping[str, Goal] = {
-    "C4": Goal(1.02, 0.95, 0.85), "C5": Goal(0.8, 0.40, 0.25), "C6": Goal(1.5, 0.9, 0.6), "C7": Goal(1.1, 0.25, 0.15),
-    "C8": Goal(1.05, 1.00, 0.90), "C9": Goal(0.2, 0.05, 0.02), "C10": Goal(1e-4, 2e-5, 1e-5), "C11": Goal(20, 10, 5),
+    "C4": Goal(1.02, 0.95, 0.85),
+    "C5": Goal(0.8, 0.40, 0.25),
+    "C6": Goal(1.5, 0.9, 0.6),
+    "C7": Goal(1.1, 0.25, 0.15),
+    "C8": Goal(1.05, 1.00, 0.90),
+    "C9": Goal(0.2, 0.05, 0.02),
+    "C10": Goal(1e-4, 2e-5, 1e-5),
+    "C11": Goal(20, 10, 5),
 }
 
 
@@ -53,26 +59,44 @@ EXPORTS = (
     Ratio("export wall: ours / dynamo", "ours.export_s", "dynamo.export_s", "C5"),
     Ratio("export in processor time: ours / dynamo", "ours.cpu_s", "dynamo.cpu_s"),
     Ratio("export in processor time: ours / optimum-onnx", "ours.cpu_s", "optimum.cpu_s"),
-    Ratio("export wall: ours with its digests, check and parity gate / dynamo, which has none", "ours-gated.export_s",
-          "dynamo.export_s"),
+    Ratio(
+        "export wall: ours with its digests, check and parity gate / dynamo, which has none",
+        "ours-gated.export_s",
+        "dynamo.export_s",
+    ),
     Ratio("export wall: ours / TorchScript", "ours.export_s", "torchscript.export_s"),
     Ratio("export wall: ours / optimum-onnx", "ours.export_s", "optimum.export_s", "C6"),
     Ratio("nodes: ours / dynamo", "ours.nodes", "dynamo.nodes", "C8"),
     Ratio("second export with the cache / first", "ours-gated.again_s", "ours-gated.export_s", "C9"),
     Ratio("relative error to eager fp32, at sizes not traced: ours", "ours.parity.relative", "", "C10"),
     Ratio("peak memory over the imports / weights: ours", "ours.memory.peak_over_imports", "model.weights_bytes"),
-    Ratio("peak memory over the loaded model / weights: dynamo", "dynamo.memory.peak_over_loaded",
-          "model.weights_bytes"),
-    Ratio("peak memory over the loaded model / weights: TorchScript", "torchscript.memory.peak_over_loaded",
-          "model.weights_bytes"),
-    Ratio("peak memory over the loaded model / weights: optimum-onnx", "optimum.memory.peak_over_loaded",
-          "model.weights_bytes"),
+    Ratio(
+        "peak memory over the loaded model / weights: dynamo", "dynamo.memory.peak_over_loaded", "model.weights_bytes"
+    ),
+    Ratio(
+        "peak memory over the loaded model / weights: TorchScript",
+        "torchscript.memory.peak_over_loaded",
+        "model.weights_bytes",
+    ),
+    Ratio(
+        "peak memory over the loaded model / weights: optimum-onnx",
+        "optimum.memory.peak_over_loaded",
+        "model.weights_bytes",
+    ),
 )
 MEMORY = (
-    Ratio("peak memory of the export over the imports / weights", "ours.memory.peak_over_imports",
-          "model.weights_bytes", "C7"),
-    Ratio("the same with our parity gate, told to keep within its memory", "ours-gated.memory.peak_over_imports",
-          "model.weights_bytes", "C7"),
+    Ratio(
+        "peak memory of the export over the imports / weights",
+        "ours.memory.peak_over_imports",
+        "model.weights_bytes",
+        "C7",
+    ),
+    Ratio(
+        "the same with our parity gate, told to keep within its memory",
+        "ours-gated.memory.peak_over_imports",
+        "model.weights_bytes",
+        "C7",
+    ),
     Ratio("peak memory of the whole process (VmHWM) / weights", "ours.memory.peak_rss", "model.weights_bytes"),
     Ratio("second export with the cache / first", "ours-gated.again_s", "ours-gated.export_s", "C9"),
 )
@@ -81,7 +105,7 @@ COMMAND = (Ratio("`optimize --help` / `python -c pass`", "help.wall_s", "pass.wa
 
 MEASURES: Mapping[str, str] = {
     "export_s": "seconds from the source folder (ours) or the loaded model (others) to files on disk; imports are done "
-                "before; ours reads the weights inside it, the others' load_s stands apart",
+    "before; ours reads the weights inside it, the others' load_s stands apart",
     "cpu_s": "processor time of the same stretch, all threads: what is left to compare on a machine that was busy",
     "ours-gated": "`optimize.export`: the same with digests of source and artifacts, onnx.checker and the parity gate",
     "again_s": "the same call in a new process, on the same bundle and with the same cache",
@@ -107,10 +131,14 @@ def figure(values: Sequence[float]) -> dict[str, Any]:
 def memory_of(result: Mapping[str, Any]) -> dict[str, int]:
     """Peaks in bytes. RSS peaks are VmHWM's and count mapped files; the sampled anonymous ones do not."""
     m = result["memory_bytes"]
-    return {"peak_rss": m["peak_rss"], "peak_over_imports": m["peak_rss"] - m["imports_rss"],
-            "peak_over_loaded": m["peak_rss"] - m["loaded_rss"], "peak_anon_sampled": m["peak_anon_sampled"],
-            "peak_anon_over_imports": m["peak_anon_sampled"] - m["imports_anon"],
-            "peak_anon_over_loaded": m["peak_anon_sampled"] - m["loaded_anon"]}
+    return {
+        "peak_rss": m["peak_rss"],
+        "peak_over_imports": m["peak_rss"] - m["imports_rss"],
+        "peak_over_loaded": m["peak_rss"] - m["loaded_rss"],
+        "peak_anon_sampled": m["peak_anon_sampled"],
+        "peak_anon_over_imports": m["peak_anon_sampled"] - m["imports_anon"],
+        "peak_anon_over_loaded": m["peak_anon_sampled"] - m["loaded_anon"],
+    }
 
 
 def why_no_figure(result: Mapping[str, Any]) -> str | None:
@@ -204,14 +232,20 @@ def table(folder: Path) -> str:
 def section(record: Mapping[str, Any]) -> str:
     device, load = record["device"], record["load"]
     busy = f"; the machine was busy: {load['others']:.0%} of it went to others" if load["busy"] else ""
-    lines = [f"**{record['case']}**: {record['what']}. {device['cpu']}, {device['cores']} cores, "
-             f"{device['memory_gib']:.0f} GiB; {record['rounds']} interleaved rounds, medians{busy}.", "",
-             "| # | ratio | value | rounds | floor | goal | moon | reached |", "|---|---|---|---|---|---|---|---|"]
+    lines = [
+        f"**{record['case']}**: {record['what']}. {device['cpu']}, {device['cores']} cores, "
+        f"{device['memory_gib']:.0f} GiB; {record['rounds']} interleaved rounds, medians{busy}.",
+        "",
+        "| # | ratio | value | rounds | floor | goal | moon | reached |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     for row in record["ratios"]:
         if row["value"] is None:
             lines.append(f"| {row.get('id', '')} | {row['ratio']} | none | {row['why']} | | | | |")
             continue
         goals = " | ".join(f"{row[k]:g}" if k in row else "" for k in ("floor", "goal", "moon"))
-        lines.append(f"| {row.get('id', '')} | {row['ratio']} | {row['value']:.3g} | "
-                     f"{row['low']:.3g} to {row['high']:.3g} | {goals} | {row.get('mark', '')} |")
+        lines.append(
+            f"| {row.get('id', '')} | {row['ratio']} | {row['value']:.3g} | "
+            f"{row['low']:.3g} to {row['high']:.3g} | {goals} | {row.get('mark', '')} |"
+        )
     return "\n".join(lines)

@@ -19,8 +19,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 SAMPLE_S = 0.02
-PACKAGES = ("optimize", "torch", "diffusers", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime",
-            "onnxruntime-gpu", "optimum", "optimum-onnx")
+PACKAGES = (
+    "optimize",
+    "torch",
+    "diffusers",
+    "transformers",
+    "onnx",
+    "onnx-ir",
+    "onnxscript",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "optimum",
+    "optimum-onnx",
+)
 
 
 class Job(NamedTuple):
@@ -122,9 +133,16 @@ def export_gated(job: Job, _: Any) -> dict[str, Any]:
     (artifact,) = bundle.artifacts(kind="onnx")
     assert artifact.parity is not None
     worst = max(artifact.parity.shapes, key=lambda s: max(o.relative for o in s.outputs))
-    parity = {"passed": artifact.parity.passed, "relative": artifact.parity.worst, "rule": artifact.parity.rule,
-              "eager": max((o.eager for o in worst.outputs if o.eager is not None), default=None),
-              "how": artifact.parity.how, "backend": artifact.parity.backend, "sizes": worst.sizes, "by": "our gate"}
+    parity = {
+        "passed": artifact.parity.passed,
+        "relative": artifact.parity.worst,
+        "rule": artifact.parity.rule,
+        "eager": max((o.eager for o in worst.outputs if o.eager is not None), default=None),
+        "how": artifact.parity.how,
+        "backend": artifact.parity.backend,
+        "sizes": worst.sizes,
+        "by": "our gate",
+    }
     return {"graph": f"bundle/{artifact.path}", "steps_s": dict(artifact.seconds), "parity": parity}
 
 
@@ -147,8 +165,10 @@ def tensors_of(job: Job) -> dict[str, Any]:
     import torch
 
     generator = torch.Generator().manual_seed(0)
-    return {name: torch.rand(spec["shape"], generator=generator).to(getattr(torch, spec["dtype"]))
-            for name, spec in job.inputs.items()}
+    return {
+        name: torch.rand(spec["shape"], generator=generator).to(getattr(torch, spec["dtype"]))
+        for name, spec in job.inputs.items()
+    }
 
 
 def export_dynamo(job: Job, model: Any, opset: int | None = None) -> dict[str, Any]:
@@ -164,9 +184,18 @@ def export_dynamo(job: Job, model: Any, opset: int | None = None) -> dict[str, A
             shapes[name][int(dim)] = dims[axis] if factor == 1 else factor * dims[axis]
     tensors = tensors_of(job)
     with torch.no_grad():
-        torch.onnx.export(model, tuple(tensors.values()), str(job.out / "model.onnx"), kwargs={"return_dict": False},
-                          input_names=list(tensors), output_names=list(job.outputs), dynamic_shapes=shapes,
-                          opset_version=opset, dynamo=True, verbose=False)
+        torch.onnx.export(
+            model,
+            tuple(tensors.values()),
+            str(job.out / "model.onnx"),
+            kwargs={"return_dict": False},
+            input_names=list(tensors),
+            output_names=list(job.outputs),
+            dynamic_shapes=shapes,
+            opset_version=opset,
+            dynamo=True,
+            verbose=False,
+        )
     return {"graph": "model.onnx"}
 
 
@@ -174,11 +203,21 @@ def export_torchscript(job: Job, model: Any) -> dict[str, Any]:
     import torch
 
     tensors = tensors_of(job)
-    axes = {name: {int(dim): axis for dim, (axis, _) in spec["axes"].items()}
-            for name, spec in (*job.inputs.items(), *job.outputs.items())}
+    axes = {
+        name: {int(dim): axis for dim, (axis, _) in spec["axes"].items()}
+        for name, spec in (*job.inputs.items(), *job.outputs.items())
+    }
     with torch.no_grad():
-        torch.onnx.export(model, tuple(tensors.values()), str(job.out / "model.onnx"), kwargs={"return_dict": False},
-                          input_names=list(tensors), output_names=list(job.outputs), dynamic_axes=axes, dynamo=False)
+        torch.onnx.export(
+            model,
+            tuple(tensors.values()),
+            str(job.out / "model.onnx"),
+            kwargs={"return_dict": False},
+            input_names=list(tensors),
+            output_names=list(job.outputs),
+            dynamic_axes=axes,
+            dynamo=False,
+        )
     return {"graph": "model.onnx"}
 
 
@@ -204,14 +243,34 @@ def export_optimum(job: Job, model: Any) -> dict[str, Any]:
 
 
 UNET = "diffusers.models.unets.unet_2d_condition"
-OURS = ("torch", "torch._dynamo", UNET, "onnx", "onnx_ir", "optimize.exporting", "optimize.compile.onnx_model",
-        "optimize.compile.sources", "optimize.compile.emitters", "optimize.compile.leaves")
-GATE = ("onnxruntime", "optimize.gate", "optimize.compile.runners", "optimize.profiles.parity",
-        "optimize.profiles.segments")
+OURS = (
+    "torch",
+    "torch._dynamo",
+    UNET,
+    "onnx",
+    "onnx_ir",
+    "optimize.exporting",
+    "optimize.compile.onnx_model",
+    "optimize.compile.sources",
+    "optimize.compile.emitters",
+    "optimize.compile.leaves",
+)
+GATE = (
+    "onnxruntime",
+    "optimize.gate",
+    "optimize.compile.runners",
+    "optimize.profiles.parity",
+    "optimize.profiles.segments",
+)
 OPTIMUM_CONFIGS = "optimum.exporters.onnx.model_configs"
 PEERS = ("torch", UNET, "onnx")
-DYNAMO = (*PEERS, "torch._dynamo", "onnxscript", "torch.onnx._internal.exporter._core",
-          "torch.onnx._internal.exporter._onnx_program")
+DYNAMO = (
+    *PEERS,
+    "torch._dynamo",
+    "onnxscript",
+    "torch.onnx._internal.exporter._core",
+    "torch.onnx._internal.exporter._onnx_program",
+)
 SIDES: Mapping[str, Side] = {
     "ours": Side(OURS, lambda _: None, export_ours),
     "ours-gated": Side((*OURS, *GATE), lambda _: None, export_gated),
@@ -239,11 +298,23 @@ def measured(job: Job) -> dict[str, Any]:
         start, cpu = time.perf_counter(), time.process_time()
         result = side.export(job, model)
         seconds, cpu_s = time.perf_counter() - start, time.process_time() - cpu
-    memory = {"imports_rss": imports["VmRSS"], "loaded_rss": loaded["VmRSS"], "peak_rss": watch.peak_rss,
-              "imports_anon": imports["RssAnon"], "loaded_anon": loaded["RssAnon"],
-              "peak_anon_sampled": watch.peak_anon, "samples": watch.samples}
-    return {**result, "graph": str(job.out / result["graph"]), "load_s": load_s, "seconds": seconds,
-            "cpu_s": cpu_s, "memory_bytes": memory}
+    memory = {
+        "imports_rss": imports["VmRSS"],
+        "loaded_rss": loaded["VmRSS"],
+        "peak_rss": watch.peak_rss,
+        "imports_anon": imports["RssAnon"],
+        "loaded_anon": loaded["RssAnon"],
+        "peak_anon_sampled": watch.peak_anon,
+        "samples": watch.samples,
+    }
+    return {
+        **result,
+        "graph": str(job.out / result["graph"]),
+        "load_s": load_s,
+        "seconds": seconds,
+        "cpu_s": cpu_s,
+        "memory_bytes": memory,
+    }
 
 
 def versions() -> dict[str, str]:

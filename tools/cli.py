@@ -24,34 +24,53 @@ PRECISIONS = ("fp32", "fp16", "bf16")
 def parser() -> argparse.ArgumentParser:
     import optimize
 
-    top = argparse.ArgumentParser(prog="optimize", description="Model components become ONNX and TensorRT artifacts that are "
-                                  "proved right.", epilog="exit codes: 0 done, 1 a gate was not passed, 2 wrong words or input, "
-                                  "3 something is missing")
+    top = argparse.ArgumentParser(
+        prog="optimize",
+        description="Model components become ONNX and TensorRT artifacts that are proved right.",
+        epilog="exit codes: 0 done, 1 a gate was not passed, 2 wrong words or input, 3 something is missing",
+    )
     top.add_argument("--version", action="version", version=f"optimize {optimize.__version__}")
     verbs = top.add_subparsers(dest="verb", metavar="VERB", required=True)
     for name, (text, words, run) in VERBS.items():
-        verb = verbs.add_parser(name, help=text, description=text, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                epilog=EPILOGS.get(name))
+        verb = verbs.add_parser(
+            name,
+            help=text,
+            description=text,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            epilog=EPILOGS.get(name),
+        )
         words(verb)
         verb.add_argument("--debug", action="store_true", help="show tracebacks")
         verb.set_defaults(run=run)
     return top
 
 
-EPILOGS = {"export": """SOURCE is one of
+EPILOGS = {
+    "export": """SOURCE is one of
   demo                        a small text-to-image pipeline with trained weights, in the package
   a folder or hub id          a diffusers pipeline or model, a transformers model
   arch:NAME[@tiny]            a public architecture with random weights (arch:sd15, arch:flux-dev@tiny, ...)
-  python:module:factory       your own module: the factory returns a Component"""}
+  python:module:factory       your own module: the factory returns a Component"""
+}
 
 
 def export_words(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("source", metavar="SOURCE")
-    verb.add_argument("--out", required=True, type=Path, metavar="DIR", help="the bundle: a new folder, or one to go on with")
-    verb.add_argument("--component", action="append", default=[], metavar="NAME", help="only this component (repeat for more)")
-    verb.add_argument("--precision", action="append", default=[], metavar="P", help="fp32 (default), fp16, bf16; repeat for more")
-    verb.add_argument("--format", action="append", default=[], metavar="F", help="onnx (default), tensorrt; repeat for more")
-    verb.add_argument("--axis", action="append", default=[], metavar="NAME=MIN:OPT:MAX", help="sizes of an axis; NAME=SIZE is static")
+    verb.add_argument(
+        "--out", required=True, type=Path, metavar="DIR", help="the bundle: a new folder, or one to go on with"
+    )
+    verb.add_argument(
+        "--component", action="append", default=[], metavar="NAME", help="only this component (repeat for more)"
+    )
+    verb.add_argument(
+        "--precision", action="append", default=[], metavar="P", help="fp32 (default), fp16, bf16; repeat for more"
+    )
+    verb.add_argument(
+        "--format", action="append", default=[], metavar="F", help="onnx (default), tensorrt; repeat for more"
+    )
+    verb.add_argument(
+        "--axis", action="append", default=[], metavar="NAME=MIN:OPT:MAX", help="sizes of an axis; NAME=SIZE is static"
+    )
     verb.add_argument("--opset", type=int, default=23, metavar="N", help="ONNX opset, 18 to 25 (default: 23)")
     verb.add_argument("--dry-run", action="store_true", help="print the plan and write nothing")
     verb.add_argument("--why", action="store_true", help="say for each artifact why it was made or kept")
@@ -63,22 +82,31 @@ def export_words(verb: argparse.ArgumentParser) -> None:
 
 
 def engine_words(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("--target", action="append", default=[], metavar="GPU", help="engines for this GPU: rtx-4090, sm89, current; "
-                      "repeat for more (see `optimize targets`)")
+    verb.add_argument(
+        "--target",
+        action="append",
+        default=[],
+        metavar="GPU",
+        help="engines for this GPU: rtx-4090, sm89, current; repeat for more (see `optimize targets`)",
+    )
     verb.add_argument("--weight-streaming", action="store_true", help="engines that stream weights from host memory")
     verb.add_argument("--timing-cache", type=Path, metavar="FILE", help="TensorRT timing cache to use and update")
 
 
 def memory_words(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("--memory", type=size_in_bytes, metavar="SIZE", help="memory that parity may count on (1.5GiB); larger models "
-                      "are proved in segments. Default: what is free")
+    verb.add_argument(
+        "--memory",
+        type=size_in_bytes,
+        metavar="SIZE",
+        help="memory that parity may count on (1.5GiB); larger models are proved in segments. Default: what is free",
+    )
 
 
 def size_in_bytes(text: str) -> int:
     units = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
     number = text.lower().removesuffix("b").rstrip("kmgi")
     try:
-        size = int(float(number) * units[text.lower().removesuffix("b")[len(number):]])
+        size = int(float(number) * units[text.lower().removesuffix("b")[len(number) :]])
     except (ValueError, KeyError, OverflowError) as e:
         raise argparse.ArgumentTypeError(f"{text} is no size; 1.5GiB and 800MB are") from e
     if size < 0:
@@ -88,20 +116,26 @@ def size_in_bytes(text: str) -> int:
 
 def bundle_words(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("dir", type=Path, metavar="DIR", help="a bundle")
-    verb.add_argument("--component", action="append", default=[], metavar="NAME", help="only this component (repeat for more)")
+    verb.add_argument(
+        "--component", action="append", default=[], metavar="NAME", help="only this component (repeat for more)"
+    )
     verb.add_argument("--json", action="store_true")
 
 
 def verify_words(verb: argparse.ArgumentParser) -> None:
     bundle_words(verb)
-    verb.add_argument("--trust-remote-code", action="store_true", help="run the Python code that the bundle's source is")
+    verb.add_argument(
+        "--trust-remote-code", action="store_true", help="run the Python code that the bundle's source is"
+    )
     memory_words(verb)
 
 
 def build_words(verb: argparse.ArgumentParser) -> None:
     bundle_words(verb)
     verb.add_argument("--format", choices=["tensorrt"], default="tensorrt")
-    verb.add_argument("--precision", action="append", default=[], metavar="P", help="only from this precision (repeat for more)")
+    verb.add_argument(
+        "--precision", action="append", default=[], metavar="P", help="only from this precision (repeat for more)"
+    )
     engine_words(verb)
 
 
@@ -112,7 +146,9 @@ def inspect_words(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--fusions", action="store_true", help="each attention and norm: one node, or why not")
     verb.add_argument("--serve", action="store_true", help="open the graph in Netron")
     verb.add_argument("--port", type=int, default=0, metavar="N", help="port for --serve (default: a free one)")
-    verb.add_argument("--block", type=Path, metavar="FILE", help="write the block that repeats most as a graph of its own")
+    verb.add_argument(
+        "--block", type=Path, metavar="FILE", help="write the block that repeats most as a graph of its own"
+    )
     verb.add_argument("--json", action="store_true")
 
 
@@ -127,10 +163,19 @@ def run_export(args: argparse.Namespace, progress: Progress) -> int:
     from optimize.exporting import export
     from optimize.tools import tables
 
-    words = dict(components=args.component, precisions=args.precision or ["fp32"], formats=args.format or ["onnx"],
-                 targets=args.target, axes=args.axis, opset=args.opset, allow_pickle=args.allow_pickle,
-                 trust_remote_code=args.trust_remote_code, weight_streaming=args.weight_streaming,
-                 timing_cache=args.timing_cache, memory=args.memory)
+    words = dict(
+        components=args.component,
+        precisions=args.precision or ["fp32"],
+        formats=args.format or ["onnx"],
+        targets=args.target,
+        axes=args.axis,
+        opset=args.opset,
+        allow_pickle=args.allow_pickle,
+        trust_remote_code=args.trust_remote_code,
+        weight_streaming=args.weight_streaming,
+        timing_cache=args.timing_cache,
+        memory=args.memory,
+    )
     if args.dry_run or args.why:
         with others_on_stderr():
             plan = export(args.source, args.out, dry_run=True, **words)
@@ -149,8 +194,15 @@ def run_build(args: argparse.Namespace, progress: Progress) -> int:
     from optimize.tools import tables
 
     with others_on_stderr():
-        bundle = build(args.dir, targets=args.target or ["current"], components=args.component, precisions=args.precision,
-                       weight_streaming=args.weight_streaming, timing_cache=args.timing_cache, progress=progress)
+        bundle = build(
+            args.dir,
+            targets=args.target or ["current"],
+            components=args.component,
+            precisions=args.precision,
+            weight_streaming=args.weight_streaming,
+            timing_cache=args.timing_cache,
+            progress=progress,
+        )
     tables.show(tables.bundle_rows(bundle), args.json)
     return 0
 
@@ -160,8 +212,13 @@ def run_verify(args: argparse.Namespace, progress: Progress) -> int:
     from optimize.tools import tables
 
     with others_on_stderr():
-        results = verify(args.dir, components=args.component, memory=args.memory,
-                         trust_remote_code=args.trust_remote_code, progress=progress)
+        results = verify(
+            args.dir,
+            components=args.component,
+            memory=args.memory,
+            trust_remote_code=args.trust_remote_code,
+            progress=progress,
+        )
     tables.show([{"artifact": r.artifact, "state": r.state, "detail": r.detail} for r in results], args.json)
     failed = [r.artifact for r in results if r.state == "failed"]
     if failed:
@@ -172,8 +229,16 @@ def run_verify(args: argparse.Namespace, progress: Progress) -> int:
 def run_inspect(args: argparse.Namespace, progress: Progress) -> int:
     from optimize.tools import inspecting
 
-    return inspecting.run(args.path, component=args.component, precision=args.precision, fusions=args.fusions,
-                          serve=args.serve, port=args.port, as_json=args.json, block=args.block)
+    return inspecting.run(
+        args.path,
+        component=args.component,
+        precision=args.precision,
+        fusions=args.fusions,
+        serve=args.serve,
+        port=args.port,
+        as_json=args.json,
+        block=args.block,
+    )
 
 
 def run_targets(args: argparse.Namespace, progress: Progress) -> int:
@@ -196,7 +261,11 @@ VERBS: dict[str, Verb] = {
     "export": ("turn a source's components into proved ONNX and TensorRT artifacts", export_words, run_export),
     "build": ("build engines from ONNX that a bundle already has", build_words, run_build),
     "verify": ("prove a bundle again: digests, and parity against its source", verify_words, run_verify),
-    "inspect": ("what is in a graph: operators, sizes, precisions, fusions; --serve opens Netron", inspect_words, run_inspect),
+    "inspect": (
+        "what is in a graph: operators, sizes, precisions, fusions; --serve opens Netron",
+        inspect_words,
+        run_inspect,
+    ),
     "targets": ("the GPUs that are known, with their figures and sources", json_words, run_targets),
     "doctor": ("which backends work here, and why the others do not", json_words, run_doctor),
 }
@@ -250,8 +319,10 @@ def main(words: Sequence[str] | None = None) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except Exception as e:
         failure, code = e, 70
-        text = (f"a bug of ours, or a case that we did not foresee: {type(e).__name__}: {str(e)[:500]}\n"
-                "  mend: run it again with --debug and report the text")
+        text = (
+            f"a bug of ours, or a case that we did not foresee: {type(e).__name__}: {str(e)[:500]}\n"
+            "  mend: run it again with --debug and report the text"
+        )
     if args.debug:
         traceback.print_exception(failure)
     print(f"optimize: {text}", file=sys.stderr)

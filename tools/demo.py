@@ -34,8 +34,10 @@ class OnnxPipeline:
         self.stack = ExitStack()
 
     def __enter__(self) -> OnnxPipeline:
-        self.runners = {name: self.stack.enter_context(self.loaded[name].runner("onnxruntime", self.precision))
-                        for name in ("text_encoder", "unet", "vae_decoder")}
+        self.runners = {
+            name: self.stack.enter_context(self.loaded[name].runner("onnxruntime", self.precision))
+            for name in ("text_encoder", "unet", "vae_decoder")
+        }
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -55,12 +57,19 @@ class OnnxPipeline:
         text = torch.cat([self.embed([""] * len(prompts)), self.embed(prompts)])
         record = self.loaded["unet"].record
         side = SIZE // 4
-        latent = torch.cat([torch.randn(1, int(record.inputs[0].shape[1]), side, side,
-                                        generator=torch.Generator().manual_seed(s)) for s in seeds])
+        latent = torch.cat(
+            [
+                torch.randn(1, int(record.inputs[0].shape[1]), side, side, generator=torch.Generator().manual_seed(s))
+                for s in seeds
+            ]
+        )
         self.scheduler.set_timesteps(STEPS)
         for t in self.scheduler.timesteps:
-            feeds = {"sample": torch.cat([latent, latent]), "encoder_hidden_states": text,
-                     "timestep": torch.full((2 * len(prompts),), float(t))}
+            feeds = {
+                "sample": torch.cat([latent, latent]),
+                "encoder_hidden_states": text,
+                "timestep": torch.full((2 * len(prompts),), float(t)),
+            }
             kinds = {"fp16": torch.float16}.get(self.precision, torch.float32)
             feeds = {k: v if k == "timestep" else v.to(kinds) for k, v in feeds.items()}
             plain, prompted = self.runners["unet"].infer(feeds)["out_sample"].float().chunk(2)
@@ -87,7 +96,9 @@ def draw_digits(bundle: Path, picture: Path, precision: str = "fp32") -> tuple[i
 
     prompts = [f"a handwritten {w}" for w in WORDS for _ in range(EACH)]
     with OnnxPipeline(bundle, demo_folder(), precision) as pipeline:
-        rows = [pipeline.images(prompts[i : i + 4], list(range(1000 + i, 1000 + i + 4))) for i in range(0, len(prompts), 4)]
+        rows = [
+            pipeline.images(prompts[i : i + 4], list(range(1000 + i, 1000 + i + 4))) for i in range(0, len(prompts), 4)
+        ]
     images = torch.cat(rows)
     write_grid(images, picture)
     read = read_digits(images)
@@ -133,7 +144,9 @@ def main(words: Sequence[str] | None = None) -> int:
     args = parser.parse_args(words)
     target_words = [w for t in TARGETS for w in ("--target", t)]
     print(f"$ optimize export demo --out {args.out} --precision fp32 --precision fp16 {' '.join(target_words)}")
-    code = optimize_command(["export", "demo", "--out", str(args.out), "--precision", "fp32", "--precision", "fp16", *target_words])
+    code = optimize_command(
+        ["export", "demo", "--out", str(args.out), "--precision", "fp32", "--precision", "fp16", *target_words]
+    )
     if code:
         return code
     print(f"\n$ optimize verify {args.out}")
@@ -142,7 +155,9 @@ def main(words: Sequence[str] | None = None) -> int:
         return code
     picture = args.out / "digits.png"
     right, total = draw_digits(args.out, picture)
-    print(f"\n{picture}: {total} digits drawn through the ONNX components; a classifier of real digits reads {right} as prompted")
+    print(
+        f"\n{picture}: {total} digits drawn through the ONNX components; a classifier of real digits reads {right} as prompted"
+    )
     return 0 if right >= 0.9 * total else 1
 
 

@@ -16,18 +16,32 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 STANDARD: Mapping[str, tuple[str, int]] = {
-    "Attention": ("attention", 23), "LayerNormalization": ("layer norm", 17), "RMSNormalization": ("rms norm", 23),
-    "GroupNormalization": ("group norm", 21), "InstanceNormalization": ("instance norm", 1),
-    "BatchNormalization": ("batch norm", 1), "RotaryEmbedding": ("rotary embedding", 23), "Gelu": ("gelu", 20),
+    "Attention": ("attention", 23),
+    "LayerNormalization": ("layer norm", 17),
+    "RMSNormalization": ("rms norm", 23),
+    "GroupNormalization": ("group norm", 21),
+    "InstanceNormalization": ("instance norm", 1),
+    "BatchNormalization": ("batch norm", 1),
+    "RotaryEmbedding": ("rotary embedding", 23),
+    "Gelu": ("gelu", 20),
     "Swish": ("silu", 24),
 }
 """Operator of the ONNX standard -> what it computes, and the first opset that has it as it is used now."""
 
 CONTRIB: Mapping[str, str] = {
-    "Attention": "attention", "MultiHeadAttention": "attention", "GroupQueryAttention": "attention",
-    "PackedMultiHeadAttention": "attention", "SkipLayerNormalization": "layer norm", "GroupNorm": "group norm",
-    "SkipGroupNorm": "group norm", "SimplifiedLayerNormalization": "rms norm", "RotaryEmbedding": "rotary embedding",
-    "SkipSimplifiedLayerNormalization": "rms norm", "Gelu": "gelu", "FastGelu": "gelu", "BiasGelu": "gelu",
+    "Attention": "attention",
+    "MultiHeadAttention": "attention",
+    "GroupQueryAttention": "attention",
+    "PackedMultiHeadAttention": "attention",
+    "SkipLayerNormalization": "layer norm",
+    "GroupNorm": "group norm",
+    "SkipGroupNorm": "group norm",
+    "SimplifiedLayerNormalization": "rms norm",
+    "RotaryEmbedding": "rotary embedding",
+    "SkipSimplifiedLayerNormalization": "rms norm",
+    "Gelu": "gelu",
+    "FastGelu": "gelu",
+    "BiasGelu": "gelu",
     "QuickGelu": "silu",
 }
 """Operators of other domains that are one node too."""
@@ -171,8 +185,13 @@ def rotary_at(negated: ir.Node) -> Pattern | None:
 
 
 ANCHORS: Mapping[str, Callable[[ir.Node], Pattern | None]] = {
-    "Softmax": attention_at, "InstanceNormalization": group_norm_at, "Sqrt": norm_at, "Sigmoid": silu_at,
-    "Erf": gelu_at, "Tanh": gelu_at, "Neg": rotary_at,
+    "Softmax": attention_at,
+    "InstanceNormalization": group_norm_at,
+    "Sqrt": norm_at,
+    "Sigmoid": silu_at,
+    "Erf": gelu_at,
+    "Tanh": gelu_at,
+    "Neg": rotary_at,
 }
 
 # --- sites -----------------------------------------------------------------------------------------------------------
@@ -190,8 +209,11 @@ def path_of(node: ir.Node) -> str:
 
 def sites_of(model: ir.Model, declined: Mapping[str, Mapping[str, str]]) -> Iterator[Site]:
     """All sites in the graph's order. `declined` is what the clean-up wrote: rule -> node -> reason."""
-    said = {node: f"the rule '{rule}' declined: {reason}"
-            for rule, nodes in declined.items() for node, reason in nodes.items()}
+    said = {
+        node: f"the rule '{rule}' declined: {reason}"
+        for rule, nodes in declined.items()
+        for node, reason in nodes.items()
+    }
     opset = model.opset_imports.get("", 0)
     for node in model.graph.all_nodes():
         name = str(node.name or "")
@@ -202,8 +224,14 @@ def sites_of(model: ir.Model, declined: Mapping[str, Mapping[str, str]]) -> Iter
         elif node.domain in ("", "ai.onnx") and node.op_type in STANDARD:
             yield Site(path_of(node), STANDARD[node.op_type][0], name, True, node.op_type, said.get(name, ""))
         elif node.domain not in ("", "ai.onnx") and node.op_type in CONTRIB:
-            yield Site(path_of(node), CONTRIB[node.op_type], name, False, f"{node.domain}::{node.op_type}",
-                       f"one node, but of the domain {node.domain}, not of the standard")
+            yield Site(
+                path_of(node),
+                CONTRIB[node.op_type],
+                name,
+                False,
+                f"{node.domain}::{node.op_type}",
+                f"one node, but of the domain {node.domain}, not of the standard",
+            )
 
 
 def reason_for(pattern: Pattern, said: Mapping[str, str], opset: int, producer_name: str | None) -> str:
@@ -230,6 +258,13 @@ def totals_of(sites: Iterable[Site]) -> list[dict[str, str | int]]:
     for kind, found in kinds.items():
         standard = sum(site.standard for site in found)
         reasons = Counter(site.reason for site in found if site.reason)
-        rows.append({"kind": kind, "sites": len(found), "standard": standard, "other": len(found) - standard,
-                     "why": "; ".join(f"{count} x {reason}" for reason, count in reasons.most_common())})
+        rows.append(
+            {
+                "kind": kind,
+                "sites": len(found),
+                "standard": standard,
+                "other": len(found) - standard,
+                "why": "; ".join(f"{count} x {reason}" for reason, count in reasons.most_common()),
+            }
+        )
     return rows

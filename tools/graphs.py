@@ -104,16 +104,26 @@ def graph_from_file(path: Path, name: str, declined: Mapping[str, Mapping[str, s
         elements[weight.dtype] += count
     outputs = Counter(dtype_of(v.dtype) for node in nodes for v in node.outputs)
     return Graph(
-        name=name, path=str(path), file_bytes=path.stat().st_size, opset=model.opset_imports.get("", 0),
-        opsets=dict(model.opset_imports), ir_version=model.ir_version,
+        name=name,
+        path=str(path),
+        file_bytes=path.stat().st_size,
+        opset=model.opset_imports.get("", 0),
+        opsets=dict(model.opset_imports),
+        ir_version=model.ir_version,
         producer=" ".join(filter(None, (model.producer_name, model.producer_version))),
-        metadata=dict(model.metadata_props), inputs=tuple(map(tensor_of, model.graph.inputs)),
-        outputs=tuple(map(tensor_of, model.graph.outputs)), axes=tuple(axes_of(model)), nodes=len(nodes),
-        operators=dict(operators.most_common()), parameters=elements.total(),
+        metadata=dict(model.metadata_props),
+        inputs=tuple(map(tensor_of, model.graph.inputs)),
+        outputs=tuple(map(tensor_of, model.graph.outputs)),
+        axes=tuple(axes_of(model)),
+        nodes=len(nodes),
+        operators=dict(operators.most_common()),
+        parameters=elements.total(),
         weight_bytes=sum(w.bytes for w, _ in weights),
         precision={"parameters": shares_of(elements), "outputs": shares_of(outputs)},
-        largest=tuple(w for w, _ in weights[:LARGEST]), sites=tuple(sites_of(model, declined or {})),
-        warnings=tuple(warnings_of(model)))
+        largest=tuple(w for w, _ in weights[:LARGEST]),
+        sites=tuple(sites_of(model, declined or {})),
+        warnings=tuple(warnings_of(model)),
+    )
 
 
 def infer_types(model: ir.Model) -> None:
@@ -153,8 +163,11 @@ def axes_of(model: ir.Model) -> Iterator[Axis]:
 def weights_of(model: ir.Model) -> Iterator[tuple[Weight, int]]:
     """Each weight with its number of elements: initializers, and what older exporters put into Constant nodes."""
     named = [(name, v.const_value) for graph in model.graphs() for name, v in graph.initializers.items()]
-    named += [(str(n.outputs[0].name), n.attributes["value"].as_tensor()) for n in model.graph.all_nodes()
-              if n.op_type == "Constant" and "value" in n.attributes]
+    named += [
+        (str(n.outputs[0].name), n.attributes["value"].as_tensor())
+        for n in model.graph.all_nodes()
+        if n.op_type == "Constant" and "value" in n.attributes
+    ]
     for name, tensor in named:
         if tensor is None or not len(tensor.shape) or dtype_of(tensor.dtype) in NO_WEIGHTS:
             continue

@@ -91,8 +91,9 @@ def check_file(path: Path, component: str | None, precision: str | None) -> None
     if not path.exists():
         raise InputError(f"{path} does not exist", expected="a bundle, or an ONNX file")
     if component or precision:
-        raise InputError("--component and --precision choose in a bundle", got=f"the file {path}",
-                         expected="a bundle's folder")
+        raise InputError(
+            "--component and --precision choose in a bundle", got=f"the file {path}", expected="a bundle's folder"
+        )
 
 
 def chosen_graphs(bundle: Bundle, component: str | None, precision: str | None) -> list[Artifact]:
@@ -109,16 +110,25 @@ def chosen_graphs(bundle: Bundle, component: str | None, precision: str | None) 
     return found
 
 
-def inspection_of(bundle: Bundle, graphs: Sequence[Artifact], component: str | None,
-                  precision: str | None) -> Inspection:
+def inspection_of(
+    bundle: Bundle, graphs: Sequence[Artifact], component: str | None, precision: str | None
+) -> Inspection:
     from optimize.tools.graphs import graph_from_file
 
     read = {a.id: graph_from_file(bundle.path(a), a.id, a.spec.get("declined", {})) for a in graphs}
     records = [r for r in bundle.manifest.components.values() if component in (None, r.name)]
-    shown = [a for a in bundle.artifacts(component) if a.id in read or (
-        a.kind == "engine" and precision in (None, a.spec["precision"]))]
-    return Inspection(str(bundle.root), bundle.manifest.source, tuple(map(component_info, records)),
-                      tuple(artifact_info(bundle, a, read.get(a.id)) for a in shown), tuple(read.values()))
+    shown = [
+        a
+        for a in bundle.artifacts(component)
+        if a.id in read or (a.kind == "engine" and precision in (None, a.spec["precision"]))
+    ]
+    return Inspection(
+        str(bundle.root),
+        bundle.manifest.source,
+        tuple(map(component_info, records)),
+        tuple(artifact_info(bundle, a, read.get(a.id)) for a in shown),
+        tuple(read.values()),
+    )
 
 
 def component_info(record: ComponentRecord) -> ComponentInfo:
@@ -130,19 +140,34 @@ def artifact_info(bundle: Bundle, artifact: Artifact, graph: Graph | None) -> Ar
     """`graph` is None for an engine."""
     weights = sum(bundle.manifest.artifacts[p].bytes for p in artifact.parents) if graph else 0
     return ArtifactInfo(
-        id=artifact.id, component=artifact.component, kind=artifact.kind, precision=str(artifact.spec["precision"]),
-        bytes=artifact.bytes + weights, nodes=graph.nodes if graph else None,
-        parameters=graph.parameters if graph else None, parity=artifact.parity.worst if artifact.parity else None,
+        id=artifact.id,
+        component=artifact.component,
+        kind=artifact.kind,
+        precision=str(artifact.spec["precision"]),
+        bytes=artifact.bytes + weights,
+        nodes=graph.nodes if graph else None,
+        parameters=graph.parameters if graph else None,
+        parity=artifact.parity.worst if artifact.parity else None,
         proof=artifact.parity.how if artifact.parity else f"of {artifact.parents[0]}",
         target="" if graph else f"{artifact.spec['target']} (SM{artifact.spec['sm']})",
-        downgrades=tuple(artifact.downgrades))
+        downgrades=tuple(artifact.downgrades),
+    )
 
 
 # --- the command -----------------------------------------------------------------------------------------------------
 
 
-def run(path: Path, *, component: str | None, precision: str | None, fusions: bool, serve: bool, port: int,
-        as_json: bool, block: Path | None = None) -> int:
+def run(
+    path: Path,
+    *,
+    component: str | None,
+    precision: str | None,
+    fusions: bool,
+    serve: bool,
+    port: int,
+    as_json: bool,
+    block: Path | None = None,
+) -> int:
     """What `optimize inspect` does with its words; gives the exit code."""
     if serve or block:
         from optimize.tools import netron
@@ -194,20 +219,46 @@ def show_bundle(found: Inspection) -> None:
     from optimize.tools.tables import show
 
     print(f"{found.path}: {found.source}\n")
-    show([{"component": c.name, "role": c.role, "class": c.class_name,
-           "axes": ", ".join(f"{n}={r}" for n, r in c.axes.items())} for c in found.components], False)
+    show(
+        [
+            {
+                "component": c.name,
+                "role": c.role,
+                "class": c.class_name,
+                "axes": ", ".join(f"{n}={r}" for n, r in c.axes.items()),
+            }
+            for c in found.components
+        ],
+        False,
+    )
     print()
-    show([{"artifact": a.id, "kind": a.kind, "precision": a.precision, "nodes": a.nodes, "parameters": a.parameters,
-           "MB": round(a.bytes / 1e6, 2), "parity": a.proof if a.parity is None else f"{a.parity:.1e} ({a.proof})",
-           "target": a.target, "downgrades": "; ".join(a.downgrades)} for a in found.artifacts], False)
+    show(
+        [
+            {
+                "artifact": a.id,
+                "kind": a.kind,
+                "precision": a.precision,
+                "nodes": a.nodes,
+                "parameters": a.parameters,
+                "MB": round(a.bytes / 1e6, 2),
+                "parity": a.proof if a.parity is None else f"{a.parity:.1e} ({a.proof})",
+                "target": a.target,
+                "downgrades": "; ".join(a.downgrades),
+            }
+            for a in found.artifacts
+        ],
+        False,
+    )
 
 
 def show_graph(graph: Graph) -> None:
     from optimize.tools.fusions import totals_of
     from optimize.tools.tables import show
 
-    print(f"{graph.name}: opset {graph.opset}, {graph.nodes} nodes, {graph.parameters:,} parameters, "
-          f"{graph.weight_bytes / 1e6:.2f} MB of weights; by {graph.producer or 'an unknown exporter'}")
+    print(
+        f"{graph.name}: opset {graph.opset}, {graph.nodes} nodes, {graph.parameters:,} parameters, "
+        f"{graph.weight_bytes / 1e6:.2f} MB of weights; by {graph.producer or 'an unknown exporter'}"
+    )
     for name, text in graph.metadata.items():
         print(f"  {name}: {text}")
     for what, table in tables_of(graph):
@@ -223,13 +274,23 @@ def tables_of(graph: Graph) -> Iterator[tuple[str, list[dict[str, Any]]]]:
         return ", ".join(f"{share:.1%} {dtype}" if share >= 0.0005 else f"<0.1% {dtype}" for dtype, share in of.items())
 
     yield "precision", [{"of": what, "share": shares(of)} for what, of in graph.precision.items()]
-    yield "inputs and outputs", [{"side": side, "name": t.name, "type": t.dtype, "dims": dims_text(t.dims)}
-                                 for side, tensors in (("in", graph.inputs), ("out", graph.outputs)) for t in tensors]
-    yield "axes that may vary", [{"axis": a.name, "min:opt:max": a.range, "in": ", ".join(a.where)}
-                                 for a in graph.axes]
+    yield (
+        "inputs and outputs",
+        [
+            {"side": side, "name": t.name, "type": t.dtype, "dims": dims_text(t.dims)}
+            for side, tensors in (("in", graph.inputs), ("out", graph.outputs))
+            for t in tensors
+        ],
+    )
+    yield "axes that may vary", [{"axis": a.name, "min:opt:max": a.range, "in": ", ".join(a.where)} for a in graph.axes]
     yield "operators", [{"operator": name, "nodes": count} for name, count in graph.operators.items()]
-    yield "largest weights", [{"weight": w.name, "type": w.dtype, "dims": dims_text(w.dims), "kB": round(w.bytes / 1e3)}
-                              for w in graph.largest]
+    yield (
+        "largest weights",
+        [
+            {"weight": w.name, "type": w.dtype, "dims": dims_text(w.dims), "kB": round(w.bytes / 1e3)}
+            for w in graph.largest
+        ],
+    )
 
 
 def dims_text(dims: Sequence[int | str]) -> str:
@@ -249,5 +310,10 @@ def show_fusions(graphs: Sequence[Graph]) -> None:
 
 
 def row_of(site: Site) -> dict[str, Any]:
-    return {"module": site.path or site.node, "kind": site.kind, "standard": site.standard, "as": site.into,
-            "why": site.reason}
+    return {
+        "module": site.path or site.node,
+        "kind": site.kind,
+        "standard": site.standard,
+        "as": site.into,
+        "why": site.reason,
+    }

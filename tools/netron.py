@@ -42,8 +42,10 @@ def netron_folder() -> Path:
 def page_for(file: Path, folder: Path) -> bytes:
     """Netron's page, told which file to open; without its date, it does not mind its age."""
     page = re.sub(r'<meta name="date"[^>]*>', "", (folder / "index.html").read_text())
-    opened = f'<meta name="type" content="Python">\n<meta name="file" content="/data/{quote(file.name)}">\n' \
-             f'<meta name="identifier" content="{html.escape(file.name)}">\n'
+    opened = (
+        f'<meta name="type" content="Python">\n<meta name="file" content="/data/{quote(file.name)}">\n'
+        f'<meta name="identifier" content="{html.escape(file.name)}">\n'
+    )
     return page.replace("<title>", opened + "<title>", 1).encode()
 
 
@@ -95,8 +97,9 @@ def server_for(path: Path, port: int = 0) -> Server:
     try:
         return Server((HOST, port), Handler)
     except (OSError, OverflowError) as e:
-        raise InputError(f"port {port} cannot be served", got=str(e),
-                         mend="another --port, or none for a free one") from e
+        raise InputError(
+            f"port {port} cannot be served", got=str(e), mend="another --port, or none for a free one"
+        ) from e
 
 
 def serve(path: Path, port: int = 0) -> None:
@@ -169,10 +172,18 @@ def repeated_block(graph: ir.Graph) -> tuple[str, list[ir.Node], int]:
 def borders_of(nodes: Sequence[ir.Node]) -> tuple[list[ir.Value], list[ir.Value]]:
     """What comes into the nodes from outside (weights are no inputs), and what of them is used outside."""
     inside = set(nodes)
-    inputs = {v: None for node in nodes for v in node.inputs
-              if v is not None and not v.is_initializer() and v.producer() not in inside}
-    outputs = [v for node in nodes for v in node.outputs
-               if v.is_graph_output() or any(use.node not in inside for use in v.uses())]
+    inputs = {
+        v: None
+        for node in nodes
+        for v in node.inputs
+        if v is not None and not v.is_initializer() and v.producer() not in inside
+    }
+    outputs = [
+        v
+        for node in nodes
+        for v in node.outputs
+        if v.is_graph_output() or any(use.node not in inside for use in v.uses())
+    ]
     return list(inputs), outputs
 
 
@@ -186,4 +197,5 @@ def strip(graph: ir.Graph) -> None:
         if tensor is not None and tensor.nbytes > SMALL_BYTES:
             dims = [int(d) for d in tensor.shape.numpy()]
             value.const_value = ir.serde.TensorProtoTensor(
-                onnx.TensorProto(name=name, data_type=int(tensor.dtype), dims=dims))
+                onnx.TensorProto(name=name, data_type=int(tensor.dtype), dims=dims)
+            )

@@ -47,8 +47,17 @@ def text_of(value: Any) -> str:
 
 
 def plan_rows(plan: Plan) -> list[Row]:
-    return [{"artifact": s.artifact, "class": s.component.class_name, "axes": ", ".join(f"{n}={a}" for n, a in s.component.axes.items()),
-             "target": s.target[0] if s.target else "", "do": "keep" if s.hit else "make", "why": s.why} for s in plan.steps]
+    return [
+        {
+            "artifact": s.artifact,
+            "class": s.component.class_name,
+            "axes": ", ".join(f"{n}={a}" for n, a in s.component.axes.items()),
+            "target": s.target[0] if s.target else "",
+            "do": "keep" if s.hit else "make",
+            "why": s.why,
+        }
+        for s in plan.steps
+    ]
 
 
 def plan_steps(plan: Plan) -> Sequence[str]:
@@ -65,15 +74,33 @@ def bundle_rows(bundle: Bundle) -> list[Row]:
             continue
         weights = sum(bundle.manifest.artifacts[p].bytes for p in a.parents if a.kind == "onnx")
         parity = f"{a.parity.worst:.1e} ({a.parity.how})" if a.parity else "of " + a.parents[0]
-        rows.append({"artifact": a.id, "file": a.path, "MB": round((a.bytes + weights) / 1e6, 2), "nodes": a.spec.get("nodes", ""),
-                     "seconds": round(sum(a.seconds.values()), 1), "parity": parity,
-                     "downgrades": f"{len(a.downgrades)}: {a.downgrades[0]}" if a.downgrades else ""})
+        rows.append(
+            {
+                "artifact": a.id,
+                "file": a.path,
+                "MB": round((a.bytes + weights) / 1e6, 2),
+                "nodes": a.spec.get("nodes", ""),
+                "seconds": round(sum(a.seconds.values()), 1),
+                "parity": parity,
+                "downgrades": f"{len(a.downgrades)}: {a.downgrades[0]}" if a.downgrades else "",
+            }
+        )
     return rows
 
 
 def target_rows() -> list[Row]:
     from optimize.profiles.targets import TARGETS
 
-    return [{"name": t.name, "device": t.device, "SM": t.sm, "GiB": t.memory_gib, "GB/s": t.bandwidth_gbs, "W": t.power_w,
-             **{f"{p} TFLOP/s": v for p, v in vars(t.peak).items()}, "source": f"{t.source.title} <{t.source.url}>"}
-            for t in TARGETS.values()]
+    return [
+        {
+            "name": t.name,
+            "device": t.device,
+            "SM": t.sm,
+            "GiB": t.memory_gib,
+            "GB/s": t.bandwidth_gbs,
+            "W": t.power_w,
+            **{f"{p} TFLOP/s": v for p, v in vars(t.peak).items()},
+            "source": f"{t.source.title} <{t.source.url}>",
+        }
+        for t in TARGETS.values()
+    ]

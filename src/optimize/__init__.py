@@ -19,14 +19,38 @@ if TYPE_CHECKING:
     from optimize.tools.inspecting import inspect
 
 _WHERE = {
-    "export": "exporting", "load": "loading", "verify": "loading", "build": "loading", "inspect": "tools.inspecting",
-    "Component": "compile.spec", "Axis": "compile.spec", "TensorSpec": "compile.spec", "Bundle": "compile.bundle",
-    "OptimizeError": "errors", "InputError": "errors", "GateError": "errors", "MissingError": "errors",
+    "export": "exporting",
+    "load": "loading",
+    "verify": "loading",
+    "build": "loading",
+    "inspect": "tools.inspecting",
+    "Component": "compile.spec",
+    "Axis": "compile.spec",
+    "TensorSpec": "compile.spec",
+    "Bundle": "compile.bundle",
+    "OptimizeError": "errors",
+    "InputError": "errors",
+    "GateError": "errors",
+    "MissingError": "errors",
     "InternalError": "errors",
 }
 
-__all__ = ["Axis", "Bundle", "Component", "GateError", "InputError", "InternalError", "MissingError", "OptimizeError",
-           "TensorSpec", "build", "export", "inspect", "load", "verify"]
+__all__ = [
+    "Axis",
+    "Bundle",
+    "Component",
+    "GateError",
+    "InputError",
+    "InternalError",
+    "MissingError",
+    "OptimizeError",
+    "TensorSpec",
+    "build",
+    "export",
+    "inspect",
+    "load",
+    "verify",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -21,8 +21,16 @@ if TYPE_CHECKING:
     from optimize.compile.records import Artifact
     from optimize.compile.spec import Component
 
-STEPS = ("trace on meta tensors", "translate to ONNX", "clean up", "stream weights", "check with onnx.checker",
-         "prove parity against eager fp32", "build engines", "record in the manifest")
+STEPS = (
+    "trace on meta tensors",
+    "translate to ONNX",
+    "clean up",
+    "stream weights",
+    "check with onnx.checker",
+    "prove parity against eager fp32",
+    "build engines",
+    "record in the manifest",
+)
 FORMATS = ("onnx", "tensorrt")
 
 
@@ -66,10 +74,22 @@ class Plan:
     steps: list[Step] = field(default_factory=list)
 
 
-def request_from_words(source: str, out: Path | str, *, components: Sequence[str] = (), precisions: Sequence[str] = ("fp32",),
-                       formats: Sequence[str] = ("onnx",), targets: Sequence[str] = (), axes: Sequence[str] = (), opset: int = 23,
-                       allow_pickle: bool = False, trust_remote_code: bool = False, weight_streaming: bool = False,
-                       timing_cache: Path | None = None, memory: int | None = None) -> Request:
+def request_from_words(
+    source: str,
+    out: Path | str,
+    *,
+    components: Sequence[str] = (),
+    precisions: Sequence[str] = ("fp32",),
+    formats: Sequence[str] = ("onnx",),
+    targets: Sequence[str] = (),
+    axes: Sequence[str] = (),
+    opset: int = 23,
+    allow_pickle: bool = False,
+    trust_remote_code: bool = False,
+    weight_streaming: bool = False,
+    timing_cache: Path | None = None,
+    memory: int | None = None,
+) -> Request:
     """Checks words that need no model. Raises InputError for unknown precisions, formats, targets and opsets, and
     MissingError for targets that nothing here builds for."""
     from optimize.compile.spec import PRECISIONS
@@ -78,8 +98,12 @@ def request_from_words(source: str, out: Path | str, *, components: Sequence[str
     choose("precision", precisions, PRECISIONS)
     choose("format", formats, FORMATS)
     if not 18 <= opset <= 25:
-        raise InputError(f"opset {opset} is not served", got=opset, expected="18 to 25", mend="--opset 23, the default, has "
-                         "the standard Attention and norm nodes")
+        raise InputError(
+            f"opset {opset} is not served",
+            got=opset,
+            expected="18 to 25",
+            mend="--opset 23, the default, has the standard Attention and norm nodes",
+        )
     if targets and "tensorrt" not in formats:
         formats = (*formats, "tensorrt")
     if "tensorrt" in formats and not targets:
@@ -88,12 +112,24 @@ def request_from_words(source: str, out: Path | str, *, components: Sequence[str
     for _, sm in found:
         flavour_text(sm)  # raises where nothing here builds for it
     trust = (*(["pickle"] if allow_pickle else []), *(["remote code"] if trust_remote_code else []))
-    return Request(source_text(source), Path(out), tuple(components), tuple(dict.fromkeys(precisions)), tuple(dict.fromkeys(formats)),
-                   found, tuple(axes), opset, trust, weight_streaming, timing_cache, memory)
+    return Request(
+        source_text(source),
+        Path(out),
+        tuple(components),
+        tuple(dict.fromkeys(precisions)),
+        tuple(dict.fromkeys(formats)),
+        found,
+        tuple(axes),
+        opset,
+        trust,
+        weight_streaming,
+        timing_cache,
+        memory,
+    )
 
 
 def source_text(text: str) -> str:
-    """A local folder by its absolute path, so that its bundle can be verified from anywhere; other words as they are."""
+    """A local folder by its absolute path, so that its bundle can be verified from anywhere."""
     from optimize.compile.sources import is_local
 
     return str(Path(text).resolve()) if is_local(text) else text
@@ -102,7 +138,9 @@ def source_text(text: str) -> str:
 def choose(what: str, words: Iterable[str], known: Iterable[str]) -> None:
     for word in words:
         if word not in known:
-            raise InputError(f"unknown {what} {word}", expected="one of " + ", ".join(known), mend=f"--{what} takes these words")
+            raise InputError(
+                f"unknown {what} {word}", expected="one of " + ", ".join(known), mend=f"--{what} takes these words"
+            )
 
 
 # --- planning --------------------------------------------------------------------------------------------------------
@@ -120,8 +158,12 @@ def components_for(request: Request) -> tuple[Component, ...]:
     chosen = [known[name] for name in request.components] or list(source.components)
     names = [text.partition("=")[0] for text in request.axes]
     if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise InputError(f"axis {twice[0]} is given more than once", got=", ".join(request.axes), expected="one size or range",
-                         mend=f"--axis {twice[0]}=MIN:OPT:MAX covers several sizes")
+        raise InputError(
+            f"axis {twice[0]} is given more than once",
+            got=", ".join(request.axes),
+            expected="one size or range",
+            mend=f"--axis {twice[0]}=MIN:OPT:MAX covers several sizes",
+        )
     for text in request.axes:
         takers = [c for c in chosen if text.partition("=")[0] in c.axes]
         everywhere = {name: axis for c in chosen for name, axis in c.axes.items()}
@@ -142,16 +184,26 @@ def plan_from_request(request: Request, components: tuple[Component, ...], bundl
             step = step_for(bundle, onnx_id(component.name, precision, request.opset), component, precision, key, None)
             plan.steps.append(step)
             for target in request.targets:
-                name, sm = target
-                engine_key = {**key, "sm": str(sm), "weight streaming": str(request.weight_streaming),
-                              "tensorrt": flavour_text(sm)}
+                sm = target[1]
+                engine_key = {
+                    **key,
+                    "sm": str(sm),
+                    "weight streaming": str(request.weight_streaming),
+                    "tensorrt": flavour_text(sm),
+                }
                 id_ = f"{onnx_id(component.name, precision, request.opset)}/sm{sm}"
                 plan.steps.append(step_for(bundle, id_, component, precision, engine_key, target))
     return plan
 
 
-def step_for(bundle: Bundle | None, id_: str, component: Component, precision: str, key: Mapping[str, str],
-             target: tuple[str, int] | None) -> Step:
+def step_for(
+    bundle: Bundle | None,
+    id_: str,
+    component: Component,
+    precision: str,
+    key: Mapping[str, str],
+    target: tuple[str, int] | None,
+) -> Step:
     """A step with the cache's answer: `hit`, or what differs from what the bundle has."""
     old = bundle.manifest.artifacts.get(id_) if bundle else None
     if bundle is None or old is None:
@@ -181,8 +233,12 @@ def key_of(component: Component, precision: str, request: Request) -> dict[str, 
     """Everything that an ONNX artifact depends on, by name."""
     config = json.dumps(component.config, sort_keys=True, default=str)
     return {
-        "weights": component.weights.digest(), "config": digest(config), "precision": precision, "opset": str(request.opset),
-        "axes": json.dumps({n: asdict(a) for n, a in component.axes.items()}, sort_keys=True), "exporter": exporter_digest(),
+        "weights": component.weights.digest(),
+        "config": digest(config),
+        "precision": precision,
+        "opset": str(request.opset),
+        "axes": json.dumps({n: asdict(a) for n, a in component.axes.items()}, sort_keys=True),
+        "exporter": exporter_digest(),
         **{f"version of {k}": v for k, v in versions().items()},
     }
 
@@ -251,7 +307,9 @@ def make_onnx(step: Step, request: Request, bundle: Bundle, progress: Progress) 
             if shared:
                 shutil.copyfile(bundle.path(shared), weights_path)  # onnx.checker takes no links
             else:
-                external.write_weights(model, weights_path, {"optimize": json.dumps(step.key["weights"])}, progress.part)
+                external.write_weights(
+                    model, weights_path, {"optimize": json.dumps(step.key["weights"])}, progress.part
+                )
             external.inline_small(model)
             external.point_at(model, weights_path.name, external.header_bytes(weights_path))
             ir.save(model, graph_path)
@@ -271,10 +329,18 @@ def make_onnx(step: Step, request: Request, bundle: Bundle, progress: Progress) 
 def metadata_of(step: Step, request: Request) -> dict[str, str]:
     """What the graph itself says of how it was made."""
     source = Path(request.source).name if Path(request.source).is_absolute() else request.source
-    return {"optimize.source": source, "optimize.component": step.component.name,
-            "optimize.class": step.component.class_name, "optimize.precision": step.precision,
-            **{f"optimize.{k.replace(' ', '_')}": v for k, v in step.key.items() if k.startswith("version") or k == "weights"},
-            "optimize.axes": json.dumps({n: str(a) for n, a in step.component.axes.items()})}
+    return {
+        "optimize.source": source,
+        "optimize.component": step.component.name,
+        "optimize.class": step.component.class_name,
+        "optimize.precision": step.precision,
+        **{
+            f"optimize.{k.replace(' ', '_')}": v
+            for k, v in step.key.items()
+            if k.startswith("version") or k == "weights"
+        },
+        "optimize.axes": json.dumps({n: str(a) for n, a in step.component.axes.items()}),
+    }
 
 
 def shared_weights(model: Any, step: Step, bundle: Bundle) -> Artifact | None:
@@ -291,31 +357,58 @@ def shared_weights(model: Any, step: Step, bundle: Bundle) -> Artifact | None:
     return None
 
 
-def adopt(step: Step, request: Request, bundle: Bundle, folder: Path, nodes: int, seconds: Mapping[str, float],
-          rules: Mapping[str, Any], parity: Any, shared: Artifact | None) -> None:
+def adopt(
+    step: Step,
+    request: Request,
+    bundle: Bundle,
+    folder: Path,
+    nodes: int,
+    seconds: Mapping[str, float],
+    rules: Mapping[str, Any],
+    parity: Any,
+    shared: Artifact | None,
+) -> None:
     """Moves the files into the bundle and claims them, weights first."""
     from optimize.compile.digests import digest_of_file
-    from optimize.compile.records import Artifact
+    from optimize.compile.records import Artifact, Kind
 
     name = step.component.name
-    spec = {"precision": step.precision, "opset": request.opset, "nodes": nodes,
-            "rules": {k: r.rewritten for k, r in rules.items() if r.rewritten},
-            "declined": {k: r.declined for k, r in rules.items() if r.declined}}
+    spec = {
+        "precision": step.precision,
+        "opset": request.opset,
+        "nodes": nodes,
+        "rules": {k: r.rewritten for k, r in rules.items() if r.rewritten},
+        "declined": {k: r.declined for k, r in rules.items() if r.declined},
+    }
     weights_id = shared.id if shared else f"{step.artifact}/weights"
-    kinds = {".safetensors": ("weights", weights_id, []), ".view.onnx": ("view", f"{step.artifact}/view", [step.artifact]),
-             ".onnx": ("onnx", step.artifact, [weights_id])}
-    made = []
+    kinds: dict[str, tuple[Kind, str, list[str]]] = {
+        ".safetensors": ("weights", weights_id, []),
+        ".view.onnx": ("view", f"{step.artifact}/view", [step.artifact]),
+        ".onnx": ("onnx", step.artifact, [weights_id]),
+    }
+    made: list[Artifact] = []
     for file in sorted(folder.iterdir(), key=lambda f: (f.suffix != ".safetensors", f.name)):
         kind, id_, parents = next(v for end, v in kinds.items() if file.name.endswith(end))
         if kind == "weights" and shared:
             continue
         relative = f"{name}/{file.name}"
         path = bundle.adopt(file, relative)
-        made.append(Artifact(
-            id=id_, component=name, kind=kind, path=relative, bytes=path.stat().st_size, sha256=digest_of_file(path),
-            parents=parents, spec=spec if kind == "onnx" else {"precision": step.precision}, key=dict(step.key) if kind != "view" else {},
-            versions=versions() if kind == "onnx" else {}, seconds=dict(seconds) if kind == "onnx" else {},
-            parity=parity if kind == "onnx" else None))
+        made.append(
+            Artifact(
+                id=id_,
+                component=name,
+                kind=kind,
+                path=relative,
+                bytes=path.stat().st_size,
+                sha256=digest_of_file(path),
+                parents=parents,
+                spec=spec if kind == "onnx" else {"precision": step.precision},
+                key=dict(step.key) if kind != "view" else {},
+                versions=versions() if kind == "onnx" else {},
+                seconds=dict(seconds) if kind == "onnx" else {},
+                parity=parity if kind == "onnx" else None,
+            )
+        )
     bundle.record(*made, component=step.component)
 
 
@@ -325,11 +418,18 @@ def memory_errors(what: str) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as e:
-        if isinstance(e, RuntimeError) and "can't allocate memory" not in str(e) and "Invalid buffer size" not in str(e):
+        if (
+            isinstance(e, RuntimeError)
+            and "can't allocate memory" not in str(e)
+            and "Invalid buffer size" not in str(e)
+        ):
             raise
-        raise MissingError(f"not enough memory to prove {what}", got=str(e).strip().splitlines()[0][-300:] if str(e) else "",
-                           expected="room for its largest tensors at the sizes of its axes",
-                           mend="smaller sizes (--axis NAME=MIN:OPT:MAX), or a machine with more memory") from e
+        raise MissingError(
+            f"not enough memory to prove {what}",
+            got=str(e).strip().splitlines()[0][-300:] if str(e) else "",
+            expected="room for its largest tensors at the sizes of its axes",
+            mend="smaller sizes (--axis NAME=MIN:OPT:MAX), or a machine with more memory",
+        ) from e
 
 
 def need_disk(root: Path, component: Component, precision: str) -> None:
@@ -338,8 +438,12 @@ def need_disk(root: Path, component: Component, precision: str) -> None:
     need = sum(p.numel() for p in module.parameters()) * (4 if precision == "fp32" else 2)
     free = shutil.disk_usage(root).free
     if free < need * 1.05 + (32 << 20):
-        raise MissingError(f"not enough space for {component.name} {precision}", got=f"{free / 1e9:.2f} GB free",
-                           expected=f"{need / 1e9:.2f} GB", mend="free some, or choose an --out on another disk")
+        raise MissingError(
+            f"not enough space for {component.name} {precision}",
+            got=f"{free / 1e9:.2f} GB free",
+            expected=f"{need / 1e9:.2f} GB",
+            mend="free some, or choose an --out on another disk",
+        )
 
 
 def make_engine(step: Step, request: Request, bundle: Bundle, progress: Progress, parent: Artifact) -> None:
@@ -356,17 +460,34 @@ def make_engine(step: Step, request: Request, bundle: Bundle, progress: Progress
     stem = step.artifact.replace("/", ".")
     with bundle.workspace(step.artifact) as folder, progress.step(f"{step.artifact} ({name})"):
         spec = EngineSpec(sm=sm, weight_streaming=request.weight_streaming, timing_cache=request.timing_cache)
-        build = engine_from_onnx(bundle.path(parent), folder / f"{stem}.engine", profile_of(step.component), spec,
-                                 progress=progress.say)
+        build = engine_from_onnx(
+            bundle.path(parent), folder / f"{stem}.engine", profile_of(step.component), spec, progress=progress.say
+        )
         relative = f"{step.component.name}/{stem}.engine"
         path = bundle.adopt(build.path, relative)
     artifact = Artifact(
-        id=step.artifact, component=step.component.name, kind="engine", path=relative, bytes=path.stat().st_size,
-        sha256=digest_of_file(path), parents=[parent.id], key=dict(step.key), downgrades=list(build.downgrades),
-        spec={"precision": step.precision, "target": name, "sm": sm, "flavour": build.flavour, "version": build.version,
-              "weight_streaming": request.weight_streaming, "profile": {k: [list(s) for s in v] for k, v in build.profile.items()}},
-        versions=versions(), seconds={"build": round(build.seconds, 3)},
-        notes=["not run: needs a GPU of this target; its graph was proved as " + parent.id])
+        id=step.artifact,
+        component=step.component.name,
+        kind="engine",
+        path=relative,
+        bytes=path.stat().st_size,
+        sha256=digest_of_file(path),
+        parents=[parent.id],
+        key=dict(step.key),
+        downgrades=list(build.downgrades),
+        spec={
+            "precision": step.precision,
+            "target": name,
+            "sm": sm,
+            "flavour": build.flavour,
+            "version": build.version,
+            "weight_streaming": request.weight_streaming,
+            "profile": {k: [list(s) for s in v] for k, v in build.profile.items()},
+        },
+        versions=versions(),
+        seconds={"build": round(build.seconds, 3)},
+        notes=["not run: needs a GPU of this target; its graph was proved as " + parent.id],
+    )
     bundle.record(artifact)
 
 
@@ -376,7 +497,9 @@ def profile_of(component: Component) -> dict[str, tuple[tuple[int, ...], tuple[i
     return {t.name: (t.sizes(sizes[0]), t.sizes(sizes[1]), t.sizes(sizes[2])) for t in component.inputs}
 
 
-def export(source: str, out: Path | str, *, dry_run: bool = False, progress: Progress | None = None, **words: Any) -> Any:
+def export(
+    source: str, out: Path | str, *, dry_run: bool = False, progress: Progress | None = None, **words: Any
+) -> Any:
     """Exports a source into a bundle; every artifact in it is proved. The words are those of the command line.
 
     Args:

@@ -56,8 +56,9 @@ def parity_of_onnx(path: Path, component: Component, precision: str, plan: Plan,
     return result
 
 
-def parity_by_draws(path: Path, component: Component, precision: str, plan: Plan, say: Callable[[str], None],
-                    draws: int) -> Parity:
+def parity_by_draws(
+    path: Path, component: Component, precision: str, plan: Plan, say: Callable[[str], None], draws: int
+) -> Parity:
     """One comparison with up to `draws` sets of feeds at each set of sizes."""
     from optimize.compile.runners import OnnxRuntimeRunner
     from optimize.profiles import parity, segments
@@ -69,7 +70,9 @@ def parity_by_draws(path: Path, component: Component, precision: str, plan: Plan
     notes = []
     if emulate:
         feeds = [{k: t.float() if t.dtype == torch.bfloat16 else t for k, t in f.items()} for f in feeds]
-        notes.append("bf16 emulated: ONNX Runtime's CPU provider has no bf16 kernels; every node is computed in fp32 and rounded")
+        notes.append(
+            "bf16 emulated: ONNX Runtime's CPU provider has no bf16 kernels; every node is computed in fp32 and rounded"
+        )
     say("ONNX Runtime")
     with refusals(path):
         if plan.streamed or emulate:
@@ -86,13 +89,16 @@ def parity_by_draws(path: Path, component: Component, precision: str, plan: Plan
 
 
 def check_references(component: Component, known: Iterable[Reference]) -> None:
-    """Raises GateError where eager fp32 itself gives NaN: nothing can be proved by it, and the graph is not to blame."""
+    """Raises GateError where eager fp32 itself gives NaN: it can prove nothing, and the graph is not to blame."""
     for reference in known:
         names = [name for name, tensor in reference.exact.items() if tensor.isnan().any()]
         if names:
-            raise GateError(f"{component.name}: eager fp32 itself gives values that are no numbers",
-                            got=f"NaN in {', '.join(names)} at {dict(reference.sizes)}", expected="a reference to prove by",
-                            mend="look for NaN in the weights: they may be damaged, or have overflowed in training")
+            raise GateError(
+                f"{component.name}: eager fp32 itself gives values that are no numbers",
+                got=f"NaN in {', '.join(names)} at {dict(reference.sizes)}",
+                expected="a reference to prove by",
+                mend="look for NaN in the weights: they may be damaged, or have overflowed in training",
+            )
 
 
 @contextlib.contextmanager
@@ -106,11 +112,17 @@ def refusals(path: Path) -> Iterator[None]:
         module = type(e).__module__
         if not module.startswith("onnx"):
             raise
-        raise GateError(f"{path.name} is refused by {module.partition('.')[0]}", got=" ".join(str(e).split())[:400],
-                        expected="a graph that loads and runs", mend="export again; if it stays, report the text") from e
+        raise GateError(
+            f"{path.name} is refused by {module.partition('.')[0]}",
+            got=" ".join(str(e).split())[:400],
+            expected="a graph that loads and runs",
+            mend="export again; if it stays, report the text",
+        ) from e
 
 
-def miss(path: Path, component: Component, precision: str, result: Parity, kept: Path, say: Callable[[str], None]) -> GateError:
+def miss(
+    path: Path, component: Component, precision: str, result: Parity, kept: Path, say: Callable[[str], None]
+) -> GateError:
     """The error for a missed gate: the worst output, the first node that departs, and how to see it again.
 
     The graph, its feeds and the reference are kept in `kept`.
@@ -131,9 +143,9 @@ def miss(path: Path, component: Component, precision: str, result: Parity, kept:
         f"parity missed: {component.name} {precision}, output {output.name} at the {shape.name} sizes "
         f"({', '.join(f'{k}={v}' for k, v in shape.sizes.items())})",
         got=f"relative error {output.relative:.3g}, largest difference {output.worst:.3g} of the largest value"
-            + ("" if output.finite else ", with values that are not finite")
-            + (f"; eager {precision} itself: {output.eager:.3g}" if output.eager is not None else ""),
+        + ("" if output.finite else ", with values that are not finite")
+        + (f"; eager {precision} itself: {output.eager:.3g}" if output.eager is not None else ""),
         expected=f"{result.rule} ({limit:.3g} here)",
         mend=f"first node that departs: {bisect.first_departure(moved, component, precision, dict(shape.sizes))}\n"
-             f"  reproduce: {command}",
+        f"  reproduce: {command}",
     )

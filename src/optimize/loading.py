@@ -46,7 +46,9 @@ class LoadedComponent:
             source = component_of(self.bundle, self.record.name, self.trust_remote_code)
             return EagerRunner(source, str(artifact.spec["precision"]))
         if artifact.spec["precision"] == "bf16":
-            raise MissingError("ONNX Runtime's CPU provider has no bf16 kernels", mend="use fp32 or fp16, or an engine on a GPU")
+            raise MissingError(
+                "ONNX Runtime's CPU provider has no bf16 kernels", mend="use fp32 or fp16, or an engine on a GPU"
+            )
         for parent in artifact.parents:
             self.bundle.check(self.bundle.manifest.artifacts[parent])
         self.bundle.check(artifact)
@@ -57,8 +59,11 @@ class LoadedComponent:
         found = {str(a.spec["precision"]): a for a in reversed(self.artifacts("onnx"))}
         wanted = precision or (next(iter(found)) if len(found) == 1 else "fp32")
         if wanted not in found:
-            raise InputError(f"{self.record.name} has no ONNX artifact in {wanted}", got=", ".join(found) or "none",
-                             mend=f"optimize export {self.bundle.manifest.source} --out {self.bundle.root} --precision {wanted}")
+            raise InputError(
+                f"{self.record.name} has no ONNX artifact in {wanted}",
+                got=", ".join(found) or "none",
+                mend=f"optimize export {self.bundle.manifest.source} --out {self.bundle.root} --precision {wanted}",
+            )
         return found[wanted]
 
 
@@ -98,18 +103,29 @@ def component_of(bundle: Bundle, name: str, trust_remote_code: bool = False) -> 
 
     manifest = bundle.manifest
     if (manifest.source.startswith("python:") or "remote code" in manifest.trust) and not trust_remote_code:
-        raise InputError(f"the source of {bundle.root} is Python code, which would run", got=manifest.source,
-                         expected="your word that you trust it",
-                         mend="read that code, then --trust-remote-code (trust_remote_code=True)")
+        raise InputError(
+            f"the source of {bundle.root} is Python code, which would run",
+            got=manifest.source,
+            expected="your word that you trust it",
+            mend="read that code, then --trust-remote-code (trust_remote_code=True)",
+        )
     try:
         source = source_from_text(manifest.source, Trust("pickle" in manifest.trust, trust_remote_code), (name,))
     except OptimizeError as e:
-        raise type(e)(f"the source of {bundle.root} cannot be read any more: {e.what}", got=e.got or manifest.source,
-                      expected="what it was exported from", mend="put it back, or export again from where it is now") from e
+        raise type(e)(
+            f"the source of {bundle.root} cannot be read any more: {e.what}",
+            got=e.got or manifest.source,
+            expected="what it was exported from",
+            mend="put it back, or export again from where it is now",
+        ) from e
     found = next((c for c in source.components if c.name == name), None)
     if found is None:
-        raise InputError(f"the source {manifest.source} has no component {name} any more",
-                         got=", ".join(c.name for c in source.components), expected=name, mend="export again")
+        raise InputError(
+            f"the source {manifest.source} has no component {name} any more",
+            got=", ".join(c.name for c in source.components),
+            expected=name,
+            mend="export again",
+        )
     return found.with_axes(axes_of(bundle, name))
 
 
@@ -126,8 +142,17 @@ def recorded_component(bundle: Bundle, name: str) -> Component:
 
     record = bundle.component(name)
     inputs = tuple(TensorSpec(t.name, tuple(t.shape), t.dtype, t.fill) for t in record.inputs)
-    return Component(record.name, record.role, record.class_name, axes_of(bundle, name), inputs, tuple(record.outputs),
-                     lambda: None, RandomWeights(), {})
+    return Component(
+        record.name,
+        record.role,
+        record.class_name,
+        axes_of(bundle, name),
+        inputs,
+        tuple(record.outputs),
+        lambda: None,
+        RandomWeights(),
+        {},
+    )
 
 
 @dataclass(frozen=True)
@@ -139,8 +164,14 @@ class Verification:
     detail: str
 
 
-def verify(folder: Path | str, *, components: Sequence[str] = (), memory: int | None = None,
-           trust_remote_code: bool = False, progress: Progress | None = None) -> list[Verification]:
+def verify(
+    folder: Path | str,
+    *,
+    components: Sequence[str] = (),
+    memory: int | None = None,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> list[Verification]:
     """Every artifact's digest, read anew, and every ONNX artifact's parity against its source, measured again.
 
     Raises InputError for a broken or empty bundle; failures of single artifacts are in the result, not raised.
@@ -153,8 +184,12 @@ def verify(folder: Path | str, *, components: Sequence[str] = (), memory: int | 
         bundle.component(name)
     chosen = [a for a in bundle.artifacts() if not components or a.component in components]
     if not chosen:
-        raise InputError(f"{folder} has no artifact to verify", got="a bundle that claims nothing",
-                         expected="one that an export has finished", mend="run the `optimize export` again")
+        raise InputError(
+            f"{folder} has no artifact to verify",
+            got="a bundle that claims nothing",
+            expected="one that an export has finished",
+            mend="run the `optimize export` again",
+        )
     sources: dict[str, Component] = {}
     results = []
     for artifact in chosen:
@@ -165,8 +200,9 @@ def verify(folder: Path | str, *, components: Sequence[str] = (), memory: int | 
     return results
 
 
-def verify_artifact(bundle: Bundle, artifact: Artifact, source: Component | None, memory: int | None,
-                    progress: Progress) -> Verification:
+def verify_artifact(
+    bundle: Bundle, artifact: Artifact, source: Component | None, memory: int | None, progress: Progress
+) -> Verification:
     try:
         for parent in artifact.parents:
             if parent not in bundle.manifest.artifacts:
@@ -178,12 +214,15 @@ def verify_artifact(bundle: Bundle, artifact: Artifact, source: Component | None
     except GateError as e:
         return Verification(artifact.id, "failed", str(e))
     if artifact.kind == "engine":
-        return Verification(artifact.id, "passed", f"digest and parents; not run: needs a GPU of SM{artifact.spec['sm']}")
+        return Verification(
+            artifact.id, "passed", f"digest and parents; not run: needs a GPU of SM{artifact.spec['sm']}"
+        )
     return Verification(artifact.id, "passed", "digest")
 
 
-def verify_onnx(bundle: Bundle, artifact: Artifact, component: Component, memory: int | None,
-                progress: Progress) -> Verification:
+def verify_onnx(
+    bundle: Bundle, artifact: Artifact, component: Component, memory: int | None, progress: Progress
+) -> Verification:
     import onnx
 
     from optimize.exporting import memory_errors
@@ -192,8 +231,12 @@ def verify_onnx(bundle: Bundle, artifact: Artifact, component: Component, memory
 
     precision = str(artifact.spec["precision"])
     if component.weights.digest() != artifact.key.get("weights"):
-        raise GateError(f"the source's weights are not those that {artifact.id} was made of", got=component.weights.digest(),
-                        expected=artifact.key.get("weights"), mend="export again")
+        raise GateError(
+            f"the source's weights are not those that {artifact.id} was made of",
+            got=component.weights.digest(),
+            expected=artifact.key.get("weights"),
+            mend="export again",
+        )
     path = bundle.path(artifact)
     with refusals(path):
         onnx.checker.check_model(str(path), full_check=True)
@@ -201,13 +244,24 @@ def verify_onnx(bundle: Bundle, artifact: Artifact, component: Component, memory
         result = parity_of_onnx(path, component, precision, plan_for(component, memory), progress.say)
     if not result.passed:
         shape, output = parity.worst_miss(result, precision)
-        return Verification(artifact.id, "failed", f"parity: {output.name} at the {shape.name} sizes is off by "
-                            f"{output.relative:.3g}; rule: {result.rule}")
+        return Verification(
+            artifact.id,
+            "failed",
+            f"parity: {output.name} at the {shape.name} sizes is off by {output.relative:.3g}; rule: {result.rule}",
+        )
     return Verification(artifact.id, "passed", f"parity {result.worst:.1e} ({result.how})")
 
 
-def build(folder: Path | str, *, targets: Sequence[str], components: Sequence[str] = (), precisions: Sequence[str] = (),
-          weight_streaming: bool = False, timing_cache: Path | None = None, progress: Progress | None = None) -> Bundle:
+def build(
+    folder: Path | str,
+    *,
+    targets: Sequence[str],
+    components: Sequence[str] = (),
+    precisions: Sequence[str] = (),
+    weight_streaming: bool = False,
+    timing_cache: Path | None = None,
+    progress: Progress | None = None,
+) -> Bundle:
     """Engines for targets from ONNX artifacts that the bundle has and that are proved; nothing is exported again.
 
     Raises InputError for unknown targets and components, MissingError where no TensorRT serves a target.
@@ -218,20 +272,37 @@ def build(folder: Path | str, *, targets: Sequence[str], components: Sequence[st
     old = Bundle.read(Path(folder))
     choose("component", components, old.manifest.components)
     choose("precision", precisions, {str(a.spec["precision"]): a for a in old.artifacts(kind="onnx")})
-    request = request_from_words(old.manifest.source, folder, formats=("tensorrt",), targets=targets,
-                                 weight_streaming=weight_streaming, timing_cache=timing_cache)
+    request = request_from_words(
+        old.manifest.source,
+        folder,
+        formats=("tensorrt",),
+        targets=targets,
+        weight_streaming=weight_streaming,
+        timing_cache=timing_cache,
+    )
     shown = progress or Progress(enabled=False)
     with Bundle.create(Path(folder), old.manifest.source, []) as bundle:
-        chosen = [a for a in bundle.artifacts(kind="onnx") if (not components or a.component in components)
-                  and (not precisions or a.spec["precision"] in precisions)]
+        chosen = [
+            a
+            for a in bundle.artifacts(kind="onnx")
+            if (not components or a.component in components) and (not precisions or a.spec["precision"] in precisions)
+        ]
         if not chosen:
-            raise InputError("the bundle has no ONNX artifact to build from", got=f"{len(bundle.artifacts())} artifacts",
-                             expected="one that `optimize export` proved", mend="optimize export first")
+            raise InputError(
+                "the bundle has no ONNX artifact to build from",
+                got=f"{len(bundle.artifacts())} artifacts",
+                expected="one that `optimize export` proved",
+                mend="optimize export first",
+            )
         for artifact in chosen:
             component = recorded_component(bundle, artifact.component)
             for target in request.targets:
-                key = {**artifact.key, "sm": str(target[1]), "weight streaming": str(weight_streaming),
-                       "tensorrt": flavour_text(target[1])}
+                key = {
+                    **artifact.key,
+                    "sm": str(target[1]),
+                    "weight streaming": str(weight_streaming),
+                    "tensorrt": flavour_text(target[1]),
+                }
                 precision = str(artifact.spec["precision"])
                 step = step_for(bundle, f"{artifact.id}/sm{target[1]}", component, precision, key, target)
                 if not step.hit:
