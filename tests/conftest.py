@@ -8,7 +8,8 @@ import pytest
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--write-support", action="store_true", help="run all precisions and write SUPPORT.md anew")
+    parser.addoption("--write-support", action="store_true", help="write SUPPORT.md anew")
+    parser.addoption("--all-precisions", action="store_true", help="fp16 and bf16 of every architecture, too")
 
 
 @pytest.fixture(scope="session")

@@ -833,7 +833,8 @@ def test_killed_at_any_moment(run: Run, model: Path, tmp_path: Path, monkeypatch
 def start(root: Path, *components: str) -> subprocess.Popen[str]:
     words = [w for c in components for w in ("--component", c)]
     return subprocess.Popen(
-        [*COMMAND, "export", "demo", *words, "--out", str(root)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        [*COMMAND, "export", "demo", *words, "--out", str(root)], text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # noqa: PLW1509 - tests behind `&` ignore it
 
 

@@ -417,7 +417,8 @@ def test_architectures(tmp_path: Path) -> None:
 
 SENTENCES = [
     "A man is eating food.", "A man is eating a piece of bread.", "The girl is carrying a baby.",
-    "A man is riding a horse.", "A woman is playing violin.", "Two men pushed carts through the woods.", "A cheetah is running behind its prey.",
+    "A man is riding a horse.", "A woman is playing violin.", "Two men pushed carts through the woods.",
+    "A cheetah is running behind its prey.",
     "The quick brown fox jumps over the lazy dog.", "TensorRT builds an engine for one GPU.", "Yes.",
     "A diffusion model removes noise, a little at a time, until what is left looks as though it had always been there.",
     "¿Dónde está la biblioteca?", "3.14159 is not 22/7.",
