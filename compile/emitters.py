@@ -252,8 +252,13 @@ def reduce(kind: str) -> Emitter:
         dims = [dim] if isinstance(dim, int) else list(dim or range(x.rank))
         logic = out.dtype == torch.bool
         value = g.cast(g.cast(x, out.dtype), torch.int32).value if logic else g.cast(x, out.dtype).value
-        result = g.op(kind, value, g.ints(*(axis_of(d, x.rank) for d in dims)), keepdims=int(keepdim),
-                      out=Out(out.shape, torch.int32 if logic else out.dtype))
+        result = g.op(
+            kind,
+            value,
+            g.ints(*(axis_of(d, x.rank) for d in dims)),
+            keepdims=int(keepdim),
+            out=Out(out.shape, torch.int32 if logic else out.dtype),
+        )
         return g.op("Cast", result, to=int(TYPES[torch.bool]), out=out) if logic else result
 
     return emit
@@ -261,8 +266,10 @@ def reduce(kind: str) -> Emitter:
 
 def extreme_with_index(kind: str, arg: str) -> Emitter:
     def emit(g: Builder, out: Any, x: Tensor, dim: int = -1, keepdim: bool = False) -> Any:
-        return (g.op(kind, x.value, g.ints(axis_of(dim, x.rank)), keepdims=int(keepdim), out=out[0]),
-                g.op(arg, x.value, axis=axis_of(dim, x.rank), keepdims=int(keepdim), out=out[1]))
+        return (
+            g.op(kind, x.value, g.ints(axis_of(dim, x.rank)), keepdims=int(keepdim), out=out[0]),
+            g.op(arg, x.value, axis=axis_of(dim, x.rank), keepdims=int(keepdim), out=out[1]),
+        )
 
     return emit
 
@@ -283,8 +290,9 @@ def cumsum(g: Builder, out: Out, x: Tensor, dim: int, **_: Any) -> Any:
     return g.op("CumSum", g.cast(x, out.dtype).value, g.scalar(axis_of(dim, x.rank), torch.int64), out=out)
 
 
-def vector_norm(g: Builder, out: Out, x: Tensor, ord: float = 2, dim: Any = None, keepdim: bool = False,
-                **_: Any) -> Any:
+def vector_norm(
+    g: Builder, out: Out, x: Tensor, ord: float = 2, dim: Any = None, keepdim: bool = False, **_: Any
+) -> Any:
     if ord == math.inf:
         whole = Out(x.shape, out.dtype)
         sizes = tensor(g, g.op("Abs", g.cast(x, out.dtype).value, out=whole), whole)
@@ -297,8 +305,15 @@ def vector_norm(g: Builder, out: Out, x: Tensor, ord: float = 2, dim: Any = None
 def variance(root: bool) -> Emitter:
     """`var` and `std`: the squared distances from the mean over their number less `correction`."""
 
-    def emit(g: Builder, out: Out, x: Tensor, dim: Any = None, unbiased: bool = True, keepdim: bool = False,
-             correction: float | None = None) -> Any:
+    def emit(
+        g: Builder,
+        out: Out,
+        x: Tensor,
+        dim: Any = None,
+        unbiased: bool = True,
+        keepdim: bool = False,
+        correction: float | None = None,
+    ) -> Any:
         if isinstance(dim, bool):  # var(x, unbiased)
             dim, unbiased = None, dim
         dims = [axis_of(d, x.rank) for d in ([dim] if isinstance(dim, int) else dim or range(x.rank))]
@@ -435,8 +450,9 @@ def embedding(g: Builder, out: Out, weight: Tensor, ids: Tensor, *_: Any, **__: 
     return g.op("Gather", weight.value, ids.value, axis=0, out=out)
 
 
-def index_put(g: Builder, out: Out, x: Tensor, indices: Sequence[Tensor | None], values: Tensor,
-              accumulate: bool = False) -> Any:
+def index_put(
+    g: Builder, out: Out, x: Tensor, indices: Sequence[Tensor | None], values: Tensor, accumulate: bool = False
+) -> Any:
     """`x[mask] = number`; other writes at indices are refused."""
     place, mask = next((i, t) for i, t in enumerate(indices) if t is not None)
     single = all(d == 1 for d in values.shape)
@@ -446,8 +462,9 @@ def index_put(g: Builder, out: Out, x: Tensor, indices: Sequence[Tensor | None],
     return where(g, out, below, reshaped(g, values, ()), x)
 
 
-def slice_scatter(g: Builder, out: Out, x: Tensor, source: Tensor, dim: int = 0, start: Any = None, end: Any = None,
-                  step: int = 1) -> Any:
+def slice_scatter(
+    g: Builder, out: Out, x: Tensor, source: Tensor, dim: int = 0, start: Any = None, end: Any = None, step: int = 1
+) -> Any:
     """`x[start:end] = source`: what is before, the source, what is after. With a step each goes to its place."""
     axis = axis_of(dim, x.rank)
     parts = [g.cast(source, x.dtype).value]
@@ -509,8 +526,9 @@ def roll(g: Builder, out: Out, x: Tensor, shifts: Sequence[int], dims: Sequence[
     return value
 
 
-def pad(g: Builder, out: Out, x: Tensor, pads: Sequence[Size], mode: str = "constant",
-        value: float | None = None) -> Any:
+def pad(
+    g: Builder, out: Out, x: Tensor, pads: Sequence[Size], mode: str = "constant", value: float | None = None
+) -> Any:
     """torch lists pads from the last dimension, before and after in pairs; ONNX all befores, then all afters."""
     pairs = [(pads[i], pads[i + 1]) for i in range(0, len(pads), 2)]
     pairs = [(0, 0)] * (x.rank - len(pairs)) + pairs[::-1]
@@ -537,8 +555,11 @@ def meshgrid(g: Builder, out: tuple[Out, ...], tensors: Sequence[Tensor], indexi
     for i, (t, o) in enumerate(zip(tensors, out, strict=True)):
         place = i if indexing == "ij" or i > 1 else 1 - i
         shape: list[Size] = [t.shape[0] if j == place else 1 for j in range(len(out))]
-        column = g.fixed(t.constant.reshape(*shape)) if t.constant is not None else Tensor(
-            g, tuple(shape), t.dtype, emitted=g.reshape(t.value, t.shape, Out(tuple(shape), t.dtype)))
+        column = (
+            g.fixed(t.constant.reshape(*shape))
+            if t.constant is not None
+            else Tensor(g, tuple(shape), t.dtype, emitted=g.reshape(t.value, t.shape, Out(tuple(shape), t.dtype)))
+        )
         results.append(expand(g, o, column))
     return tuple(results)
 
@@ -615,11 +636,24 @@ def per_dim(value: Any, n: int) -> list[int]:
     return [value] * n if isinstance(value, int) else list(value) * (n // len(value))
 
 
-def convolution(g: Builder, out: Out, x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = 1,
-                padding: Any = 0, dilation: Any = 1, groups: int = 1) -> Any:
+def convolution(
+    g: Builder,
+    out: Out,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Any:
     n = x.rank - 2
-    attributes: dict[str, Any] = {"strides": per_dim(stride, n), "dilations": per_dim(dilation, n), "group": groups,
-                                  "kernel_shape": [int(d) for d in weight.shape[2:]]}
+    attributes: dict[str, Any] = {
+        "strides": per_dim(stride, n),
+        "dilations": per_dim(dilation, n),
+        "group": groups,
+        "kernel_shape": [int(d) for d in weight.shape[2:]],
+    }
     if isinstance(padding, str):  # `same` is for a stride of one; auto_pad does not know dilations everywhere
         reach = zip(per_dim(dilation, n), attributes["kernel_shape"], strict=True)
         total = [d * (k - 1) if padding == "same" else 0 for d, k in reach]
@@ -630,35 +664,55 @@ def convolution(g: Builder, out: Out, x: Tensor, weight: Tensor, bias: Tensor | 
     return g.op("Conv", *inputs, out=out, **attributes)
 
 
-def conv_transpose(g: Builder, out: Out, x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = 1,
-                   padding: Any = 0, output_padding: Any = 0, groups: int = 1, dilation: Any = 1) -> Any:
+def conv_transpose(
+    g: Builder,
+    out: Out,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    output_padding: Any = 0,
+    groups: int = 1,
+    dilation: Any = 1,
+) -> Any:
     n, kernel = x.rank - 2, [int(d) for d in weight.shape[2:]]
     inputs = [x.value, weight.value] + ([bias.value] if bias else [])
-    return g.op("ConvTranspose", *inputs, strides=per_dim(stride, n), pads=per_dim(padding, n) * 2,
-                dilations=per_dim(dilation, n), output_padding=per_dim(output_padding, n), group=groups,
-                kernel_shape=kernel, out=out)
+    return g.op(
+        "ConvTranspose",
+        *inputs,
+        strides=per_dim(stride, n),
+        pads=per_dim(padding, n) * 2,
+        dilations=per_dim(dilation, n),
+        output_padding=per_dim(output_padding, n),
+        group=groups,
+        kernel_shape=kernel,
+        out=out,
+    )
 
 
 def pool(kind: str) -> Emitter:
-    def emit(g: Builder, out: Out, x: Tensor, kernel: Any, stride: Any = None, padding: Any = 0, *rest: Any,
-             **kw: Any) -> Any:
+    def emit(
+        g: Builder, out: Out, x: Tensor, kernel: Any, stride: Any = None, padding: Any = 0, *rest: Any, **kw: Any
+    ) -> Any:
         n = x.rank - 2
         extra: dict[str, Any] = {}
         if kind == "AveragePool":
             if kw.get("divisor_override", rest[2] if len(rest) > 2 else None) is not None:
                 raise Untranslated({"average pooling with divisor_override"})
-            ceil, count = (*rest, *(False, True)[len(rest):])[:2]
+            ceil, count = (*rest, *(False, True)[len(rest) :])[:2]
             extra = {"count_include_pad": int(kw.get("count_include_pad", count))}
         else:
-            dilation, ceil = (*rest, *(1, False)[len(rest):])[:2]
+            dilation, ceil = (*rest, *(1, False)[len(rest) :])[:2]
             extra = {"dilations": per_dim(kw.get("dilation", dilation), n)}
         kernel, strides, pads = per_dim(kernel, n), per_dim(stride or kernel, n), per_dim(padding, n)
         ceil, dilations = bool(kw.get("ceil_mode", ceil)), extra.get("dilations", [1] * n)
         sizes = zip(x.shape[2:], out.shape[2:], strides, pads, kernel, dilations, strict=True)
         if ceil and g.opset < 22 and any(-((d * (k - 1) + 1 - 2 * p - i) // s) + 1 != o for i, o, s, p, k, d in sizes):
             raise Untranslated({f"{kind} with ceil_mode and a window that starts in the padding (from opset 22 on)"})
-        return g.op(kind, x.value, kernel_shape=kernel, strides=strides, pads=pads * 2, ceil_mode=int(ceil), out=out,
-                    **extra)
+        return g.op(
+            kind, x.value, kernel_shape=kernel, strides=strides, pads=pads * 2, ceil_mode=int(ceil), out=out, **extra
+        )
 
     return emit
 
@@ -695,8 +749,9 @@ def pixel_shuffle(g: Builder, out: Out, x: Tensor, factor: int) -> Any:
 # --- leaves ----------------------------------------------------------------------------------------------------------
 
 
-def attention(g: Builder, out: Out, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool,
-              scale: float | None) -> Any:
+def attention(
+    g: Builder, out: Out, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float | None
+) -> Any:
     """Vaswani et al. 2017, section 3.2.1; `[batch, heads, tokens, head_dim]`. One Attention node from opset 23 on."""
     if mask is not None and mask.dtype != torch.bool:
         mask = g.cast(mask, q.dtype)
@@ -705,13 +760,22 @@ def attention(g: Builder, out: Out, q: Tensor, k: Tensor, v: Tensor, mask: Tenso
             # the standard lets the last two sizes broadcast, ONNX Runtime wants them whole
             full = Out((*mask.shape[:-2], q.shape[-2], k.shape[-2]), mask.dtype)
             mask = tensor(g, expand(g, full, mask), full)
-        return g.op("Attention", q.value, k.value, v.value, mask.value if mask else None, is_causal=int(causal) or None,
-                    scale=scale, out=out)
+        return g.op(
+            "Attention",
+            q.value,
+            k.value,
+            v.value,
+            mask.value if mask else None,
+            is_causal=int(causal) or None,
+            scale=scale,
+            out=out,
+        )
     return decomposed_attention(g, out, q, k, v, mask, causal, scale)
 
 
-def decomposed_attention(g: Builder, out: Out, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool,
-                         scale: float | None) -> Any:
+def decomposed_attention(
+    g: Builder, out: Out, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float | None
+) -> Any:
     if scale is None and not isinstance(q.shape[-1], int):
         raise Untranslated({"attention over a head size that varies"})
     root = math.sqrt(scale if scale is not None else int(q.shape[-1]) ** -0.5)  # on both sides: fp16 stays small
@@ -748,8 +812,9 @@ def many_heads(g: Builder, t: Tensor, q: Tensor) -> Any:
     return g.reshape(wide, (), Out((t.shape[0], heads, *t.shape[2:]), t.dtype))
 
 
-def group_norm(g: Builder, out: Out, x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None,
-               eps: float) -> Any:
+def group_norm(
+    g: Builder, out: Out, x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Any:
     """Wu and He 2018. The standard node from opset 21 on; before, InstanceNormalization over the groups."""
     channels = int(x.shape[1])
     scale = weight.value if weight else g.constant(torch.ones(channels, dtype=x.dtype))
@@ -770,11 +835,19 @@ def ones_for(g: Builder, x: Tensor, dims: int) -> Any:
     return tensor(g, filled(g, out, 1), out).value
 
 
-def layer_norm(g: Builder, out: Out, x: Tensor, dims: int, weight: Tensor | None, bias: Tensor | None,
-               eps: float) -> Any:
+def layer_norm(
+    g: Builder, out: Out, x: Tensor, dims: int, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Any:
     scale = g.cast(weight, x.dtype).value if weight else ones_for(g, x, dims)
-    return g.op("LayerNormalization", x.value, scale, g.cast(bias, x.dtype).value if bias else None, axis=-dims,
-                epsilon=eps, out=out)
+    return g.op(
+        "LayerNormalization",
+        x.value,
+        scale,
+        g.cast(bias, x.dtype).value if bias else None,
+        axis=-dims,
+        epsilon=eps,
+        out=out,
+    )
 
 
 def rms_norm(g: Builder, out: Out, x: Tensor, dims: int, weight: Tensor | None, eps: float | None) -> Any:
@@ -818,8 +891,9 @@ def log_softmax(g: Builder, out: Out, x: Tensor, dim: int, *_: Any, **__: Any) -
     return g.op("LogSoftmax", g.cast(x, out.dtype).value, axis=axis_of(dim, x.rank), out=out)
 
 
-def resize(g: Builder, out: Out, x: Tensor, height: Any, width: Any, mode: str, align: bool,
-           scales: Sequence[float]) -> Any:
+def resize(
+    g: Builder, out: Out, x: Tensor, height: Any, width: Any, mode: str, align: bool, scales: Sequence[float]
+) -> Any:
     return resized(g, out, x, {"nearest": "nearest", "bilinear": "linear", "bicubic": "cubic"}[mode], align, scales)
 
 
@@ -830,7 +904,8 @@ def resized(g: Builder, out: Out, x: Tensor, mode: str, align: bool, scales: Seq
     """
     attributes: dict[str, Any] = {"mode": mode}
     attributes["coordinate_transformation_mode"] = (
-        "asymmetric" if mode == "nearest" else "align_corners" if align else "half_pixel")
+        "asymmetric" if mode == "nearest" else "align_corners" if align else "half_pixel"
+    )
     if mode == "nearest":
         attributes["nearest_mode"] = "floor"
     if mode == "cubic":
@@ -909,18 +984,38 @@ def softplus(g: Builder, out: Out, x: Tensor, beta: float = 1, threshold: float 
     return g.op("Div", value, g.scalar(beta, x.dtype), out=out)
 
 
-def aten_layer_norm(g: Builder, out: Out, x: Tensor, shape: Sequence[int], weight: Any = None, bias: Any = None,
-                    eps: float = 1e-5, *_: Any) -> Any:
+def aten_layer_norm(
+    g: Builder,
+    out: Out,
+    x: Tensor,
+    shape: Sequence[int],
+    weight: Any = None,
+    bias: Any = None,
+    eps: float = 1e-5,
+    *_: Any,
+) -> Any:
     return layer_norm(g, out, x, len(shape), weight, bias, eps)
 
 
-def aten_group_norm(g: Builder, out: Out, x: Tensor, groups: int, weight: Any = None, bias: Any = None,
-                    eps: float = 1e-5, *_: Any) -> Any:
+def aten_group_norm(
+    g: Builder, out: Out, x: Tensor, groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5, *_: Any
+) -> Any:
     return group_norm(g, out, x, groups, weight, bias, eps)
 
 
-def batch_norm(g: Builder, out: Out, x: Tensor, weight: Any, bias: Any, mean: Any, var: Any, training: bool,
-               momentum: float, eps: float, *_: Any) -> Any:
+def batch_norm(
+    g: Builder,
+    out: Out,
+    x: Tensor,
+    weight: Any,
+    bias: Any,
+    mean: Any,
+    var: Any,
+    training: bool,
+    momentum: float,
+    eps: float,
+    *_: Any,
+) -> Any:
     if training or mean is None:
         raise Untranslated({"aten.batch_norm.default"})  # statistics of the batch: torch has them in simpler operators
     channels = int(x.shape[1])
@@ -930,8 +1025,19 @@ def batch_norm(g: Builder, out: Out, x: Tensor, weight: Any, bias: Any, mean: An
     return g.op("BatchNormalization", x.value, scale, shift, mean.value, var.value, epsilon=eps, out=out)
 
 
-def sdpa(g: Builder, out: Out, q: Tensor, k: Tensor, v: Tensor, mask: Any = None, dropout: float = 0.0,
-         causal: bool = False, *, scale: float | None = None, enable_gqa: bool = False) -> Any:
+def sdpa(
+    g: Builder,
+    out: Out,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Any = None,
+    dropout: float = 0.0,
+    causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Any:
     """torch takes any number of leading dimensions; here they become the batch, with one head."""
     if dropout:
         raise Untranslated({"scaled_dot_product_attention with dropout"})
@@ -969,11 +1075,19 @@ EMITTERS: Mapping[str, Emitter] = {
     **by_overload(scaled("Add"), "aten.add.Tensor", "aten.add.Scalar", "aten.add_.Tensor", "aten.add_.Scalar"),
     **by_overload(scaled("Sub"), "aten.sub.Tensor", "aten.sub.Scalar", "aten.sub_.Tensor"),
     **by_overload(binary("Mul"), "aten.mul.Tensor", "aten.mul.Scalar", "aten.mul_.Tensor", "aten.mul_.Scalar"),
-    **by_overload(divide, "aten.div.Tensor", "aten.div.Scalar", "aten.div_.Tensor", "aten.div_.Scalar",
-                  "aten.div.Tensor_mode", "aten.div.Scalar_mode"),
+    **by_overload(
+        divide,
+        "aten.div.Tensor",
+        "aten.div.Scalar",
+        "aten.div_.Tensor",
+        "aten.div_.Scalar",
+        "aten.div.Tensor_mode",
+        "aten.div.Scalar_mode",
+    ),
     **by_overload(lambda g, out, a, b: divide(g, out, a, b, "floor"), "aten.floor_divide.default"),
-    **by_overload(lambda g, out, a, b, alpha=1: scaled("Sub")(g, out, b, a, alpha), "aten.rsub.Scalar",
-                  "aten.rsub.Tensor"),
+    **by_overload(
+        lambda g, out, a, b, alpha=1: scaled("Sub")(g, out, b, a, alpha), "aten.rsub.Scalar", "aten.rsub.Tensor"
+    ),
     **by_overload(remainder, "aten.remainder.Tensor", "aten.remainder.Scalar"),
     **by_overload(power, "aten.pow.Tensor_Scalar", "aten.pow.Tensor_Tensor", "aten.pow.Scalar"),
     **by_overload(binary("Max"), "aten.maximum.default", "aten.max.other"),
@@ -984,12 +1098,29 @@ EMITTERS: Mapping[str, Emitter] = {
     **by_overload(compare("Greater"), "aten.gt.Tensor", "aten.gt.Scalar"),
     **by_overload(compare("LessOrEqual"), "aten.le.Tensor", "aten.le.Scalar"),
     **by_overload(compare("GreaterOrEqual"), "aten.ge.Tensor", "aten.ge.Scalar"),
-    **by_overload(logical("And", "BitwiseAnd"), "aten.__and__.Tensor", "aten.bitwise_and.Tensor",
-                  "aten.logical_and.default", "aten.__and__.Scalar", "aten.bitwise_and.Scalar"),
-    **by_overload(logical("Or", "BitwiseOr"), "aten.__or__.Tensor", "aten.bitwise_or.Tensor", "aten.logical_or.default",
-                  "aten.__or__.Scalar", "aten.bitwise_or.Scalar"),
-    **by_overload(logical("Xor", "BitwiseXor"), "aten.bitwise_xor.Tensor", "aten.logical_xor.default",
-                  "aten.__xor__.Tensor", "aten.bitwise_xor.Scalar"),
+    **by_overload(
+        logical("And", "BitwiseAnd"),
+        "aten.__and__.Tensor",
+        "aten.bitwise_and.Tensor",
+        "aten.logical_and.default",
+        "aten.__and__.Scalar",
+        "aten.bitwise_and.Scalar",
+    ),
+    **by_overload(
+        logical("Or", "BitwiseOr"),
+        "aten.__or__.Tensor",
+        "aten.bitwise_or.Tensor",
+        "aten.logical_or.default",
+        "aten.__or__.Scalar",
+        "aten.bitwise_or.Scalar",
+    ),
+    **by_overload(
+        logical("Xor", "BitwiseXor"),
+        "aten.bitwise_xor.Tensor",
+        "aten.logical_xor.default",
+        "aten.__xor__.Tensor",
+        "aten.bitwise_xor.Scalar",
+    ),
     **by_overload(logical_not, "aten.logical_not.default", "aten.bitwise_not.default"),
     **by_overload(where, "aten.where.self", "aten.where.ScalarOther", "aten.where.ScalarSelf", "aten.where.Scalar"),
     **by_overload(masked_fill, "aten.masked_fill.Scalar", "aten.masked_fill.Tensor"),
@@ -997,11 +1128,28 @@ EMITTERS: Mapping[str, Emitter] = {
     "aten.hardtanh.default": hardtanh,
     **by_overload(clamp_between, "aten.clamp.Tensor", "aten.clip.Tensor"),
     **by_overload(lambda g, out, x, most: clamp(g, out, x, None, most), "aten.clamp_max.default"),
-    **{f"aten.{name}.default": unary(kind) for name, kind in {
-        "exp": "Exp", "log": "Log", "sin": "Sin", "cos": "Cos", "tan": "Tan", "tanh": "Tanh", "sqrt": "Sqrt",
-        "abs": "Abs", "neg": "Neg", "reciprocal": "Reciprocal", "sigmoid": "Sigmoid", "erf": "Erf", "sign": "Sign",
-        "atan": "Atan", "mish": "Mish", "selu": "Selu", "hardswish": "HardSwish",
-    }.items()},
+    **{
+        f"aten.{name}.default": unary(kind)
+        for name, kind in {
+            "exp": "Exp",
+            "log": "Log",
+            "sin": "Sin",
+            "cos": "Cos",
+            "tan": "Tan",
+            "tanh": "Tanh",
+            "sqrt": "Sqrt",
+            "abs": "Abs",
+            "neg": "Neg",
+            "reciprocal": "Reciprocal",
+            "sigmoid": "Sigmoid",
+            "erf": "Erf",
+            "sign": "Sign",
+            "atan": "Atan",
+            "mish": "Mish",
+            "selu": "Selu",
+            "hardswish": "HardSwish",
+        }.items()
+    },
     "aten.relu.default": relu,
     "aten.expm1.default": expm1,
     "aten.log1p.default": log1p,
@@ -1010,28 +1158,52 @@ EMITTERS: Mapping[str, Emitter] = {
     "aten.trunc.default": trunc,
     "aten.softplus.default": softplus,
     **by_overload(lambda g, out, x: activation(g, out, x, "silu"), "aten.silu.default"),
-    **by_overload(lambda g, out, x, approximate="none": activation(
-        g, out, x, "gelu" if approximate == "none" else "gelu_tanh"), "aten.gelu.default"),
+    **by_overload(
+        lambda g, out, x, approximate="none": activation(g, out, x, "gelu" if approximate == "none" else "gelu_tanh"),
+        "aten.gelu.default",
+    ),
     **by_overload(hard_sigmoid, "aten.hardsigmoid.default"),
     **by_overload(leaky_relu, "aten.leaky_relu.default"),
     **by_overload(elu, "aten.elu.default"),
     **by_overload(lambda g, out, x, alpha=1: elu(g, out, x, alpha, 1, 1 / alpha), "aten.celu.default"),
     "aten.rsqrt.default": rsqrt,
     "aten.square.default": square,
-    **by_overload(convert, "aten.to.dtype", "aten.to.device", "aten.to.dtype_layout", "aten._to_copy.default",
-                  "aten.type_as.default", "aten.to.other"),
+    **by_overload(
+        convert,
+        "aten.to.dtype",
+        "aten.to.device",
+        "aten.to.dtype_layout",
+        "aten._to_copy.default",
+        "aten.type_as.default",
+        "aten.to.other",
+    ),
     **by_overload(dropout, "aten.dropout.default", "aten.feature_dropout.default"),
-    **by_overload(same, "aten.contiguous.default", "aten.clone.default", "aten.detach.default",
-                  "aten.detach_.default", "aten.alias.default", "aten.lift_fresh_copy.default"),
+    **by_overload(
+        same,
+        "aten.contiguous.default",
+        "aten.clone.default",
+        "aten.detach.default",
+        "aten.detach_.default",
+        "aten.alias.default",
+        "aten.lift_fresh_copy.default",
+    ),
     **by_overload(reduce("ReduceMean"), "aten.mean.dim", "aten.mean.default"),
     **by_overload(reduce("ReduceSum"), "aten.sum.dim_IntList", "aten.sum.default"),
-    **by_overload(reduce("ReduceMax"), "aten.amax.default", "aten.any.dim", "aten.any.default", "aten.any.dims",
-                  "aten.max.default"),
+    **by_overload(
+        reduce("ReduceMax"),
+        "aten.amax.default",
+        "aten.any.dim",
+        "aten.any.default",
+        "aten.any.dims",
+        "aten.max.default",
+    ),
     **by_overload(reduce("ReduceMin"), "aten.amin.default", "aten.all.dim", "aten.all.default", "aten.min.default"),
     **by_overload(variance(False), "aten.var.default", "aten.var.dim", "aten.var.correction"),
     **by_overload(variance(True), "aten.std.default", "aten.std.dim", "aten.std.correction"),
     "aten.var_mean.correction": lambda g, out, x, dim=None, keepdim=False, **kw: (
-        variance(False)(g, out[0], x, dim, keepdim=keepdim, **kw), reduce("ReduceMean")(g, out[1], x, dim, keepdim)),
+        variance(False)(g, out[0], x, dim, keepdim=keepdim, **kw),
+        reduce("ReduceMean")(g, out[1], x, dim, keepdim),
+    ),
     "aten.max.dim": extreme_with_index("ReduceMax", "ArgMax"),
     "aten.min.dim": extreme_with_index("ReduceMin", "ArgMin"),
     "aten.argmax.default": arg_extreme("ArgMax"),
@@ -1040,9 +1212,17 @@ EMITTERS: Mapping[str, Emitter] = {
     "aten.linalg_vector_norm.default": vector_norm,
     **by_overload(softmax, "aten.softmax.int", "aten._softmax.default"),
     **by_overload(log_softmax, "aten.log_softmax.int", "aten._log_softmax.default"),
-    **by_overload(reshape, "aten.view.default", "aten.reshape.default", "aten._unsafe_view.default",
-                  "aten.flatten.using_ints", "aten.unflatten.int", "aten.squeeze.default", "aten.view_as.default",
-                  "aten.reshape_as.default"),
+    **by_overload(
+        reshape,
+        "aten.view.default",
+        "aten.reshape.default",
+        "aten._unsafe_view.default",
+        "aten.flatten.using_ints",
+        "aten.unflatten.int",
+        "aten.squeeze.default",
+        "aten.view_as.default",
+        "aten.reshape_as.default",
+    ),
     **by_overload(squeeze_dim, "aten.squeeze.dim", "aten.squeeze.dims"),
     "aten.unsqueeze.default": unsqueeze,
     **by_overload(transpose, "aten.transpose.int", "aten.t.default", "aten.swapaxes.default"),
@@ -1051,8 +1231,14 @@ EMITTERS: Mapping[str, Emitter] = {
     **by_overload(expand, "aten.expand.default", "aten.expand_as.default", "aten.broadcast_to.default"),
     **by_overload(cat, "aten.cat.default", "aten.concat.default", "aten.concatenate.default"),
     "aten.stack.default": stack,
-    **by_overload(split, "aten.split.Tensor", "aten.split_with_sizes.default", "aten.split.sizes", "aten.chunk.default",
-                  "aten.tensor_split.sections"),
+    **by_overload(
+        split,
+        "aten.split.Tensor",
+        "aten.split_with_sizes.default",
+        "aten.split.sizes",
+        "aten.chunk.default",
+        "aten.tensor_split.sections",
+    ),
     "aten.unbind.int": unbind,
     "aten.slice.Tensor": slice_,
     "aten.narrow.default": lambda g, out, x, dim, start, length: slice_(g, out, x, dim, start, start + length),
@@ -1076,34 +1262,66 @@ EMITTERS: Mapping[str, Emitter] = {
     "aten.meshgrid.indexing": meshgrid,
     **by_overload(constant_fill(1), "aten.ones.default", "aten.new_ones.default", "aten.ones_like.default"),
     **by_overload(constant_fill(0), "aten.zeros.default", "aten.new_zeros.default", "aten.zeros_like.default"),
-    **by_overload(constant_fill(0), "aten.empty.memory_format", "aten.new_empty.default", "aten.empty_like.default",
-                  "aten.zero.default"),
-    **by_overload(full, "aten.full.default", "aten.new_full.default", "aten.full_like.default", "aten.fill.Scalar",
-                  "aten.fill.Tensor"),
+    **by_overload(
+        constant_fill(0),
+        "aten.empty.memory_format",
+        "aten.new_empty.default",
+        "aten.empty_like.default",
+        "aten.zero.default",
+    ),
+    **by_overload(
+        full,
+        "aten.full.default",
+        "aten.new_full.default",
+        "aten.full_like.default",
+        "aten.fill.Scalar",
+        "aten.fill.Tensor",
+    ),
     "aten.copy.default": copy,
     "aten.scalar_tensor.default": lambda g, out, number, **_: filled(g, out, number),
     **by_overload(arange, "aten.arange.default", "aten.arange.start", "aten.arange.start_step"),
-    **by_overload(matmul, "aten.matmul.default", "aten.bmm.default", "aten.mm.default", "aten.mv.default",
-                  "aten.dot.default"),
+    **by_overload(
+        matmul, "aten.matmul.default", "aten.bmm.default", "aten.mm.default", "aten.mv.default", "aten.dot.default"
+    ),
     "aten.addmm.default": addmm,
     "aten.baddbmm.default": baddbmm,
     "aten.linear.default": linear,
     **{f"aten.conv{n}d.{kind}": one_image(convolution, n) for n in (1, 2, 3) for kind in ("default", "padding")},
-    **{name: one_image(conv_transpose, n) for n, name in enumerate(
-        ("aten.conv_transpose1d.default", "aten.conv_transpose2d.input", "aten.conv_transpose3d.input"), 1)},
+    **{
+        name: one_image(conv_transpose, n)
+        for n, name in enumerate(
+            ("aten.conv_transpose1d.default", "aten.conv_transpose2d.input", "aten.conv_transpose3d.input"), 1
+        )
+    },
     **{f"aten.avg_pool{n}d.default": one_image(pool("AveragePool"), n) for n in (1, 2, 3)},
     **{f"aten.max_pool{n}d.default": one_image(pool("MaxPool"), n) for n in (1, 2, 3)},
     **{f"aten.adaptive_avg_pool{n}d.default": one_image(adaptive_pool, n) for n in (1, 2, 3)},
     "aten.einsum.default": einsum,
     "aten.outer.default": outer,
     "aten.pixel_shuffle.default": one_image(pixel_shuffle, 2),
-    **{f"aten.upsample_{kind}.{form}": upsample(mode) for form in ("vec", "default") for kind, mode in {
-        "nearest1d": "nearest", "nearest2d": "nearest", "nearest3d": "nearest", "linear1d": "linear",
-        "bilinear2d": "linear", "trilinear3d": "linear", "bicubic2d": "cubic"}.items()},
+    **{
+        f"aten.upsample_{kind}.{form}": upsample(mode)
+        for form in ("vec", "default")
+        for kind, mode in {
+            "nearest1d": "nearest",
+            "nearest2d": "nearest",
+            "nearest3d": "nearest",
+            "linear1d": "linear",
+            "bilinear2d": "linear",
+            "trilinear3d": "linear",
+            "bicubic2d": "cubic",
+        }.items()
+    },
 }
 
-IGNORED = frozenset({
-    "aten._assert_tensor_metadata.default", "aten._assert_scalar.default", "aten.sym_constrain_range.default",
-    "aten.sym_constrain_range_for_size.default", "aten._assert_async.msg", "aten.sym_size.int",
-})
+IGNORED = frozenset(
+    {
+        "aten._assert_tensor_metadata.default",
+        "aten._assert_scalar.default",
+        "aten.sym_constrain_range.default",
+        "aten.sym_constrain_range_for_size.default",
+        "aten._assert_async.msg",
+        "aten.sym_size.int",
+    }
+)
 """Checks at tracing time and sizes (which come as expressions): they leave no node."""

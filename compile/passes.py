@@ -239,6 +239,7 @@ def fuse_rms_norm(graph: ir.Graph, node: ir.Node) -> str:
         return NOT_MINE
     epsilon = number(added.inputs[1])
     mean = producer(added.inputs[0], "ReduceMean")
+    mean = mean if mean is not None and attribute(mean, "keepdims", 1) else None
     squares = producer(mean.inputs[0], "Mul") if mean else None
     if epsilon is None or mean is None or squares is None or squares.inputs[0] is not squares.inputs[1]:
         return NOT_MINE
@@ -294,6 +295,18 @@ def doubled(value: ir.Value | None) -> bool:
     return False
 
 
+def is_half(node: ir.Node, second: bool) -> bool:
+    """Whether a Slice takes exactly the first or the second half of the last dimension."""
+    source, rank = node.inputs[0], rank_of(node.outputs[0])
+    start, end, axis = (number(v) for v in node.inputs[1:4])
+    if source is None or source.shape is None or rank is None or not isinstance(source.shape[-1], int) or start is None:
+        return False
+    size = source.shape[-1]
+    whole = end is not None and end >= size
+    fits = (start in (size / 2, -size / 2) and whole) if second else (start == 0 and end in (size / 2, -size / 2))
+    return fits and axis in (-1, rank - 1) and number(node.inputs[4] if len(node.inputs) > 4 else None) in (None, 1)
+
+
 def fuse_rotary(graph: ir.Graph, node: ir.Node) -> str:  # noqa: PLR0911 - each return is a reason
     """`x * cos + rotate_half(x) * sin` (Su et al. 2021, section 3.4.2), halves split as in llama."""
     left, right = (producer(v, "Mul") for v in node.inputs)
@@ -314,6 +327,8 @@ def fuse_rotary(graph: ir.Graph, node: ir.Node) -> str:  # noqa: PLR0911 - each 
     x = first.inputs[0]
     if x is None or x is not second.inputs[0] or x not in left.inputs or rank_of(x) != 4:
         return "the halves are not of the tensor that is rotated, as [batch, heads, tokens, head_dim]"
+    if not (is_half(first, False) and is_half(second, True)) or attribute(turned, "axis", 0) not in (-1, 3):
+        return "the parts are not the two halves of the last dimension"
     cos = next(v for v in left.inputs if v is not x)
     sin = next(v for v in right.inputs if v is not turned.outputs[0])
     if not (doubled(cos) and doubled(sin)):
@@ -321,6 +336,8 @@ def fuse_rotary(graph: ir.Graph, node: ir.Node) -> str:  # noqa: PLR0911 - each 
     tables = [half_table(graph, node, table) for table in (cos, sin)]
     if any(t is None for t in tables):
         return "cosine and sine are not [batch, 1, tokens, head_dim]"
+    if any(str(t.shape[0]) != str(x.shape[0]) for t in tables if t is not None and t.shape is not None and x.shape):
+        return "cosine and sine are of another batch than what they rotate"
     replace(graph, node, "RotaryEmbedding", [x, *tables])
     return DONE
 
@@ -366,7 +383,16 @@ def pack_attention(graph: ir.Graph, node: ir.Node) -> str:
         heads.append(int(shape[2]))
     back = only_user(node.outputs[0])
     merge = only_user(back.outputs[0]) if back and back.op_type == "Transpose" else None
-    if back is None or merge is None or merge.op_type != "Reshape" or rank_of(merge.outputs[0]) != 3:
+    if back is None or merge is None or merge.op_type != "Reshape" or attribute(back, "perm", None) != (0, 2, 1, 3):
+        return "the output does not go straight back to [batch, tokens, channels]"
+    goal, values = merge.outputs[0].shape, packed[2].shape
+    if (
+        goal is None
+        or len(goal) != 3
+        or values is None
+        or packed[0].shape is None
+        or (goal[2] != heads[0] * (values[2] // heads[1]) or str(goal[1]) != str(packed[0].shape[1]))
+    ):
         return "the output does not go straight back to [batch, tokens, channels]"
     attributes = {k: a.value for k, a in node.attributes.items()}
     new = before(
@@ -425,11 +451,15 @@ def clean_up(model: ir.Model, opset: int) -> dict[str, PassResult]:
 
 def name_nodes(graph: ir.Graph) -> None:
     """Every node has a name of its own, and its output the same one unless it is an output of the graph."""
-    seen: dict[str, int] = {}
+    own = {str(v.name) for v in (*graph.inputs, *graph.outputs, *graph.initializers.values())}
+    kept, seen, counts = {str(node.name) for node in graph}, own, dict[str, int]()
     for node in graph:
-        base = str(node.name or node.op_type)
-        count = seen[base] = seen.get(base, -1) + 1
-        node.name = base if count == 0 else f"{base}_{count}"
+        name = base = str(node.name or node.op_type)
+        while name in seen or (name != base and name in kept):
+            counts[base] = counts.get(base, 0) + 1
+            name = f"{base}_{counts[base]}"
+        seen.add(name)
+        node.name = name
         for i, value in enumerate(node.outputs):
             if not value.is_graph_output():
                 value.name = node.name if len(node.outputs) == 1 else f"{node.name}.{i}"

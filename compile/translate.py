@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import operator
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias, cast
 
@@ -87,7 +87,7 @@ class Out:
 class Builder:
     """Nodes of the ONNX graph in order, with names that say where in the model they come from."""
 
-    def __init__(self, opset: int, empties: bool = False) -> None:
+    def __init__(self, opset: int, empties: bool = False, reserved: Iterable[str] = ()) -> None:
         self.opset = opset
         self.empties = empties  # whether a size can be zero (a decoder's past)
         self.nodes: list[ir.Node] = []
@@ -97,6 +97,7 @@ class Builder:
         self.words: dict[sympy.Symbol, sympy.Expr] = {}
         self._written: dict[sympy.Expr, str] = {}
         self._names: Counter[str] = Counter()
+        self._taken = set(reserved)  # names that the graph's inputs and outputs have
         self._constants: dict[tuple[Any, ...], ir.Value] = {}
         self._sizes: dict[sympy.Expr, ir.Value] = {}
         self._scalars: dict[sympy.Expr, ir.Value] = {}
@@ -104,9 +105,12 @@ class Builder:
     # --- nodes and constants ---
 
     def unique(self, name: str) -> str:
-        self._names[name] += 1
-        count = self._names[name]
-        return name if count == 1 else f"{name}_{count - 1}"
+        free = name
+        while free in self._taken:
+            self._names[name] += 1
+            free = f"{name}_{self._names[name]}"
+        self._taken.add(free)
+        return free
 
     def op(
         self, kind: str, *inputs: ir.Value | None, out: Out | None = None, outputs: int = 1, **attributes: Any
@@ -337,7 +341,11 @@ class Translator:
         from .emitters import EMITTERS, IGNORED
 
         self.traced, self.component, self.weight = traced, component, weight
-        self.graph = Builder(opset, empties=any(axis.min == 0 for axis in component.axes.values()))
+        self.graph = Builder(
+            opset,
+            empties=any(axis.min == 0 for axis in component.axes.values()),
+            reserved=(*(spec.name for spec in component.inputs), *component.outputs),
+        )
         self.emitters, self.ignored = EMITTERS, IGNORED
         self.checkpoint_names = set(traced.module.state_dict())
         self.env: dict[FxNode, Any] = {}
@@ -426,7 +434,7 @@ class Translator:
             raise InternalError(f"{name} has no value: it was made from meta tensors inside forward")
         shape = tuple(int(d) for d in value.shape)
         tensor = self.weight(name, shape, value.dtype)
-        return Tensor(self.graph, shape, value.dtype, emitted=self.graph.initializer(name, tensor))
+        return Tensor(self.graph, shape, value.dtype, emitted=self.graph.initializer(self.graph.unique(name), tensor))
 
     def size_roots(self) -> None:
         """Each varying size of an input is one Shape node; a symbol that is no size itself is divided out of one."""

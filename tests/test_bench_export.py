@@ -10,6 +10,7 @@ import pytest
 
 from optimize.errors import InputError
 from optimize.tools import bench_export, bench_record
+from optimize.tools.bench_cases import Case, pixels
 from optimize.tools.bench_record import GOALS, Ratio, ratio_row, side_from_rounds
 
 SMALL = {
@@ -32,7 +33,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module", autouse=True)
 def small() -> Any:
     with pytest.MonkeyPatch.context() as patch:
-        case = bench_export.Case("a very small U-Net", SMALL, latency=bench_export.pixels(64, 8), runs=2)
+        case = Case("a very small U-Net", SMALL, latency=pixels(64, 8), runs=2)
         patch.setattr(bench_export, "CASES", {**bench_export.CASES, "small": case})
         yield
 

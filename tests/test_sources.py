@@ -22,16 +22,28 @@ from safetensors.torch import load_file, save_file
 
 import optimize
 from optimize.compile.feeds import feeds_for
-from optimize.compile.sources import Trust, source_from_text
+from optimize.compile.sources import PICKLED, Trust, source_from_text, weight_files
 from optimize.compile.spec import TensorSpec
 from optimize.errors import InputError
 from optimize.tools.cli import main
 
 DEMO = Path(optimize.__file__).parent / "demo"
-SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64,
-         "vocab_size": 120, "max_position_embeddings": 40}
-SMALL_DISTIL = {"dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 64, "vocab_size": 120,
-                "max_position_embeddings": 40}
+SMALL = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "vocab_size": 120,
+    "max_position_embeddings": 40,
+}
+SMALL_DISTIL = {
+    "dim": 32,
+    "n_layers": 2,
+    "n_heads": 2,
+    "hidden_dim": 64,
+    "vocab_size": 120,
+    "max_position_embeddings": 40,
+}
 BERT_AXES = {"batch": "1:1:8", "tokens": "1:40:40"}
 
 
@@ -119,16 +131,19 @@ def test_transformers_folder(kind: str, tmp_path: Path) -> None:
 
 def old_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """As the first BERT checkpoints have them."""
-    return {f"bert.{name}".replace("Norm.weight", "Norm.gamma").replace("Norm.bias", "Norm.beta"): tensor
-            for name, tensor in state.items()}
+    return {
+        f"bert.{name}".replace("Norm.weight", "Norm.gamma").replace("Norm.bias", "Norm.beta"): tensor
+        for name, tensor in state.items()
+    }
 
 
 def with_prefix(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {f"bert.{name}": tensor for name, tensor in state.items()}
 
 
-def remake(folder: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]], *,
-           pickled: bool = False) -> None:
+def remake(
+    folder: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]], *, pickled: bool = False
+) -> None:
     """Rewrites the folder's weights file, as a pickle if asked."""
     (file,) = folder.glob("*.safetensors")
     state = {k: v.contiguous() for k, v in change(load_file(file)).items()}
@@ -233,11 +248,16 @@ def test_diffusers_pipeline_folder(tmp_path: Path) -> None:
     pipeline = diffusers.DiffusionPipeline.from_pretrained(DEMO)
     pipeline.save_pretrained(tmp_path / "pipeline")
     pixels = {"batch": "1:1:4", "height": "64:64:128", "width": "64:64:128"}
-    assert axes_of(tmp_path / "pipeline") == axes_of("demo") == {
-        "text_encoder": {"batch": "1:1:8", "tokens": "1:16:16"},
-        "unet": {"batch": "1:1:8", "height": "8:32:64", "width": "8:32:64", "tokens": "1:77:308"},
-        "vae_encoder": pixels, "vae_decoder": pixels,
-    }
+    assert (
+        axes_of(tmp_path / "pipeline")
+        == axes_of("demo")
+        == {
+            "text_encoder": {"batch": "1:1:8", "tokens": "1:16:16"},
+            "unet": {"batch": "1:1:8", "height": "8:32:64", "width": "8:32:64", "tokens": "1:77:308"},
+            "vae_encoder": pixels,
+            "vae_decoder": pixels,
+        }
+    )
     export(tmp_path / "pipeline", tmp_path / "b", "--component", "unet", "--component", "text_encoder")
     feeds, ours = outputs_of(tmp_path / "b", "text_encoder", {"batch": 2, "tokens": 13})
     theirs = pipeline.text_encoder(**feeds, output_hidden_states=True)
@@ -281,7 +301,10 @@ VAE_FORMS: dict[str, tuple[dict[str, Any], Callable[[Path], Any], list[str]]] = 
     "old attention, convolved": ({}, lambda folder: remake(folder, lambda s: old_attention(s, True)), []),
     "old attention, pickled": ({}, lambda folder: remake(folder, old_attention, pickled=True), ["--allow-pickle"]),
     "pickled shards": (
-        {"safe_serialization": False, "max_shard_size": "40KB"}, lambda folder: None, ["--allow-pickle"]),
+        {"safe_serialization": False, "max_shard_size": "40KB"},
+        lambda folder: None,
+        ["--allow-pickle"],
+    ),
 }
 
 
@@ -311,6 +334,23 @@ def test_full_precision_is_preferred_to_a_variant(tmp_path: Path) -> None:
     name = "encoder.conv_in.weight"
     assert weights.tensor(name).dtype == torch.float32
     assert torch.equal(weights.tensor(name), module.state_dict()[name])
+
+
+@pytest.mark.parametrize(
+    ("names", "chosen"),
+    [
+        (["model.fp16.safetensors", "model.non_ema.safetensors"], "model.non_ema.safetensors"),
+        (["adapter.safetensors", "model.fp16.safetensors"], "model.fp16.safetensors"),
+        (["model.safetensors", "model.safetensors.index.fp16.json"], "model.safetensors"),
+        (["model-00001-of-00002.safetensors", "model.safetensors"], "model.safetensors"),
+        (["optimizer.bin", "pytorch_model.bin", "pytorch_model.fp16.bin", "scheduler.pt"], "pytorch_model.bin"),
+    ],
+)
+def test_which_weights_of_a_folder(names: list[str], chosen: str, tmp_path: Path) -> None:
+    for name in names:
+        (tmp_path / name).touch()
+    suffixes = (".safetensors",) if chosen.endswith(".safetensors") else PICKLED
+    assert weight_files(tmp_path, suffixes) == (tmp_path / chosen,)
 
 
 # --- hub ids ---------------------------------------------------------------------------------------------------------
@@ -348,8 +388,9 @@ def test_hub_id_from_the_cache(hub: Path, tmp_path: Path, monkeypatch: pytest.Mo
     torch.testing.assert_close(ours["pooler_output"], theirs.pooler_output, rtol=1e-4, atol=1e-5)
 
 
-def test_hub_id_whose_cache_has_no_weights(hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                           capsys: pytest.CaptureFixture[str]) -> None:
+def test_hub_id_whose_cache_has_no_weights(
+    hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     import huggingface_hub.constants
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(hub))
@@ -416,12 +457,19 @@ def test_architectures(tmp_path: Path) -> None:
 # --- real weights ----------------------------------------------------------------------------------------------------
 
 SENTENCES = [
-    "A man is eating food.", "A man is eating a piece of bread.", "The girl is carrying a baby.",
-    "A man is riding a horse.", "A woman is playing violin.", "Two men pushed carts through the woods.",
+    "A man is eating food.",
+    "A man is eating a piece of bread.",
+    "The girl is carrying a baby.",
+    "A man is riding a horse.",
+    "A woman is playing violin.",
+    "Two men pushed carts through the woods.",
     "A cheetah is running behind its prey.",
-    "The quick brown fox jumps over the lazy dog.", "TensorRT builds an engine for one GPU.", "Yes.",
+    "The quick brown fox jumps over the lazy dog.",
+    "TensorRT builds an engine for one GPU.",
+    "Yes.",
     "A diffusion model removes noise, a little at a time, until what is left looks as though it had always been there.",
-    "¿Dónde está la biblioteca?", "3.14159 is not 22/7.",
+    "¿Dónde está la biblioteca?",
+    "3.14159 is not 22/7.",
 ]
 
 

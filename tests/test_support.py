@@ -29,8 +29,8 @@ LOW = ["clip-l", "vae-sd15", "dit-xl-2-256", "llama", "stylegan2", "bert-base"]
 
 HEAD = """# What is served
 
-Written by `pytest tests/test_support.py --write-support`, which exports each of these at its tiny size through the command,
-proves parity at three sets of sizes and verifies the bundle again; the same test checks this table each time it runs.
+Written by `pytest tests/test_support.py --write-support`, which exports each of these at its tiny size through the
+command, proves parity at three sets of sizes and verifies the bundle again; the same test checks this table each time.
 Errors are relative to eager fp32 (L2), the worst over outputs and sizes; an empty cell was not run for this table.
 
 | source | component | class | varying sizes | nodes | fp32 | fp16 | bf16 |

@@ -100,53 +100,12 @@ class Watch:
         self.peak_rss, self.peak_anon = end["VmHWM"], max(self.peak_anon, end["RssAnon"])
 
 
-# --- our export ------------------------------------------------------------------------------------------------------
+# --- the exports -----------------------------------------------------------------------------------------------------
 
 
-def export_ours(job: Job, _: Any) -> dict[str, Any]:
-    """Source folder to files on disk, without check and parity."""
-    import onnx_ir as ir
-
-    from optimize.compile import external, onnx_model
-    from optimize.exporting import components_for, request_from_words
-
-    (component,) = components_for(request_from_words(job.model, job.out))
-    clock = onnx_model.Clock(lambda _: None)
-    model, _traced, _rules = onnx_model.graph_from_component(component, job.precision, onnx_model.DEFAULT_OPSET, clock)
-    onnx_model.drop_unused_initializers(model)
-    weights = job.out / "model.safetensors"
-    with clock("write weights"):
-        external.write_weights(model, weights, {}, lambda _done, _all: None)
-    with clock("write graph"):
-        external.inline_small(model)
-        external.point_at(model, weights.name, external.header_bytes(weights))
-        ir.save(model, job.out / "model.onnx")
-        ir.save(external.stripped(model), job.out / "model.view.onnx")
-    return {"graph": "model.onnx", "steps_s": clock.seconds}
-
-
-def export_gated(job: Job, _: Any) -> dict[str, Any]:
-    """`optimize.export` as users have it: digests, check, parity and manifest included."""
-    from optimize.exporting import export
-
-    bundle = export(job.model, job.out / "bundle", precisions=[job.precision], memory=job.memory)
-    (artifact,) = bundle.artifacts(kind="onnx")
-    assert artifact.parity is not None
-    worst = max(artifact.parity.shapes, key=lambda s: max(o.relative for o in s.outputs))
-    parity = {
-        "passed": artifact.parity.passed,
-        "relative": artifact.parity.worst,
-        "rule": artifact.parity.rule,
-        "eager": max((o.eager for o in worst.outputs if o.eager is not None), default=None),
-        "how": artifact.parity.how,
-        "backend": artifact.parity.backend,
-        "sizes": worst.sizes,
-        "by": "our gate",
-    }
-    return {"graph": f"bundle/{artifact.path}", "steps_s": dict(artifact.seconds), "parity": parity}
-
-
-# --- the others ------------------------------------------------------------------------------------------------------
+def export_with(name: str) -> Callable[[Job, Any], dict[str, Any]]:
+    """Our own exports, from a module of the package, which optimum's environment has not."""
+    return lambda job, _: dict(getattr(importlib.import_module(OUR_EXPORTS), name)(job))
 
 
 def loaded_unet(job: Job) -> Any:
@@ -243,7 +202,9 @@ def export_optimum(job: Job, model: Any) -> dict[str, Any]:
 
 
 UNET = "diffusers.models.unets.unet_2d_condition"
+OUR_EXPORTS = "optimize.tools.bench_ours"
 OURS = (
+    OUR_EXPORTS,
     "torch",
     "torch._dynamo",
     UNET,
@@ -272,8 +233,8 @@ DYNAMO = (
     "torch.onnx._internal.exporter._onnx_program",
 )
 SIDES: Mapping[str, Side] = {
-    "ours": Side(OURS, lambda _: None, export_ours),
-    "ours-gated": Side((*OURS, *GATE), lambda _: None, export_gated),
+    "ours": Side(OURS, lambda _: None, export_with("export_ours")),
+    "ours-gated": Side((*OURS, *GATE), lambda _: None, export_with("export_gated")),
     "dynamo": Side(DYNAMO, loaded_unet, export_dynamo),
     "dynamo-opset23": Side(DYNAMO, loaded_unet, lambda job, model: export_dynamo(job, model, 23)),
     "torchscript": Side((*PEERS, "torch.onnx"), loaded_unet, export_torchscript),

@@ -156,7 +156,8 @@ def main(words: Sequence[str] | None = None) -> int:
     picture = args.out / "digits.png"
     right, total = draw_digits(args.out, picture)
     print(
-        f"\n{picture}: {total} digits drawn through the ONNX components; a classifier of real digits reads {right} as prompted"
+        f"\n{picture}: {total} digits drawn through the ONNX components; "
+        f"a classifier of real digits reads {right} as prompted"
     )
     return 0 if right >= 0.9 * total else 1
 
