@@ -57,12 +57,17 @@ def cast(module: torch.nn.Module, precision: str) -> torch.nn.Module:
     dtype = getattr(torch, {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}[precision])
     kept = list(getattr(module, "_keep_in_fp32_modules", None) or []) if precision == "fp16" else []
     persistent = set(module.state_dict()) if hasattr(module, "from_pretrained") else dict(module.named_buffers()).keys()
+    tied: dict[int, tuple[torch.Tensor, torch.nn.Parameter]] = {}  # old (kept alive) and new, by the old one's id
     for prefix, child in module.named_modules():
         keep = any(part in kept for part in prefix.split("."))
         target = torch.float32 if keep else dtype
         for name, parameter in child._parameters.items():
             if parameter is not None and parameter.is_floating_point():
-                child._parameters[name] = torch.nn.Parameter(parameter.to(target), requires_grad=False)
+                new = tied.get(id(parameter), (None, None))[1]
+                if new is None or new.dtype != target:
+                    new = torch.nn.Parameter(parameter.to(target), requires_grad=False)
+                    tied[id(parameter)] = (parameter, new)
+                child._parameters[name] = new
         for name, buffer in child._buffers.items():
             full = f"{prefix}.{name}" if prefix else name
             if buffer is not None and full in persistent and buffer.is_floating_point():
