@@ -24,7 +24,7 @@ SINGLE = [
     if n not in PARTS or n in ("vae-sd15", "vae-sdxl", "vae-sd3", "vae-flux", "clip-l", "t5-xxl")
 ]
 NAMES = [*PIPELINES, *SINGLE]
-LOW = ["clip-l", "vae-sd15", "dit-xl-2-256", "llama", "stylegan2", "bert-base"]
+LOW = ["clip-l", "dit-xl-2-256", "llama", "stylegan2", "bert-base"]
 """Architectures whose fp16 and bf16 run each time; the others' run with --all-precisions."""
 
 HEAD = """# What is served
