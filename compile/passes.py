@@ -139,6 +139,8 @@ def fold_weight_transpose(graph: ir.Graph, node: ir.Node) -> str:
     perm = tuple(attribute(node, "perm", ()))
     if any(u.node.op_type != "Transpose" or tuple(attribute(u.node, "perm", ())) != perm for u in value.uses()):
         return "the weight is also used as it is stored"
+    if any(u.node.outputs[0].is_graph_output() for u in value.uses()):
+        return "it names an output of the graph"  # which an initializer should not be
     turned = tensor.permuted(perm)
     value.const_value, value.shape = turned, ir.Shape(turned.shape)
     for use in list(value.uses()):

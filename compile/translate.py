@@ -619,15 +619,25 @@ def translate(
     weight: Callable[[str, tuple[int, ...], torch.dtype], ir.TensorProtocol],
 ) -> ir.Model:
     """The ONNX graph of a traced component. Raises Untranslated where an operator stays unknown after decomposition."""
+    return translation(traced, component, opset, weight)[0]
+
+
+def translation(
+    traced: Traced,
+    component: Component,
+    opset: int,
+    weight: Callable[[str, tuple[int, ...], torch.dtype], ir.TensorProtocol],
+) -> tuple[ir.Model, Traced]:
+    """The ONNX graph, and the program whose nodes it names: the traced one, decomposed as far as was needed."""
     for _ in range(8):  # each round decomposes what the one before it met
         try:
-            return Translator(traced, component, opset, weight).run()
+            return Translator(traced, component, opset, weight).run(), traced
         except Untranslated as e:
             smaller = decomposed(traced, e.operators)
             if smaller is None:
                 raise
             traced = smaller
-    return Translator(traced, component, opset, weight).run()
+    return Translator(traced, component, opset, weight).run(), traced
 
 
 def decomposed(traced: Traced, operators: set[str]) -> Traced | None:

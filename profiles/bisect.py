@@ -6,7 +6,8 @@ binary search over the values that both graphs have finds where they part.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,13 @@ import onnx_ir as ir
 import torch
 
 from optimize.compile.emulate import emulated_bf16
+from optimize.compile.external import weight_maker
 from optimize.compile.feeds import feeds_for
+from optimize.compile.onnx_model import same_as
 from optimize.compile.runners import EagerRunner, OnnxRuntimeRunner
 from optimize.compile.spec import Component
 from optimize.compile.trace import Traced, trace_component
-from optimize.compile.translate import ORIGIN
+from optimize.compile.translate import ORIGIN, translation
 
 from .parity import FP32_LIMIT, distance, widened
 
@@ -57,8 +60,6 @@ def torch_values(traced: Traced, component: Component, feeds: Mapping[str, torch
         **signature.inputs_to_lifted_tensor_constants,
     }
     weights = component.weights.bind(traced.module)
-    from optimize.compile.onnx_model import same_as
-
     tied, given = same_as(traced.module), iter(component.inputs)
     checkpoint = set(traced.module.state_dict())
     arguments: list[torch.Tensor] = []
@@ -95,27 +96,52 @@ def shared_values(model: ir.Model) -> list[tuple[ir.Node, str, str]]:
 def first_departure(path: Path, component: Component, precision: str, sizes: dict[str, int]) -> str:
     """Words on the first node of the graph at `path` whose value is not torch's, at these axis sizes."""
     feeds = feeds_for(component.inputs, sizes, precision)
-    expected = torch_values(trace_component(component, precision), component, feeds)
     model = ir.load(path)
+    traced = trace_component(component, precision)
+    weight = weight_maker(component.weights.bind(traced.module), same_as(traced.module))
+    _, program = translation(traced, component, int(model.graph.opset_imports[""]), weight)
+    expected = torch_values(program, component, feeds)
     common = [(node, value, origin) for node, value, origin in shared_values(model) if origin in expected]
     sizes_agree = [
         c for c in common if c[0].outputs[0].shape is None or len(c[0].outputs[0].shape) == expected[c[2]].ndim
     ]
     if not sizes_agree:
         return "the graphs have no value in common"
+    places = {node: (value, origin) for node, value, origin in sizes_agree}
 
-    def error(i: int) -> float:
-        _, value, origin = sizes_agree[i]
+    @cache
+    def error(node: ir.Node) -> float:
+        value, origin = places[node]
         return distance([value_of(model, path, value, feeds, precision)], [expected[origin]])[0]
 
-    low, high = 0, len(sizes_agree) - 1
-    if error(high) <= DEPARTS[precision]:
+    ends = [*(node for node in places if node.outputs[0].is_graph_output()), next(reversed(places))]
+    wrong = next((node for node in ends if error(node) > DEPARTS[precision]), None)
+    if wrong is None:
         return "none: each value is torch's within its precision, the error is spread over the graph"
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if error(middle) > DEPARTS[precision] else (middle + 1, high)
-    node, value, _ = sizes_agree[low]
-    return f"{node.name} ({node.op_type}), relative error {error(low):.3g} in {value}"
+    while True:  # a branch that is right can lie behind the guilty node: what the search finds is looked above again
+        chain = [node for node in places if node in above(wrong)] + [wrong]
+        low, high = 0, len(chain) - 1
+        while low < high:
+            middle = (low + high) // 2
+            low, high = (low, middle) if error(chain[middle]) > DEPARTS[precision] else (middle + 1, high)
+        found = chain[low]
+        wrong = next((node for node in above(found, places) if error(node) > DEPARTS[precision]), found)
+        if wrong is found:
+            return f"{found.name} ({found.op_type}), relative error {error(found):.3g} in {places[found][0]}"
+
+
+def above(node: ir.Node, until: Container[ir.Node] = ()) -> set[ir.Node]:
+    """The nodes that this one depends on, going no further than those of `until`."""
+    found: set[ir.Node] = set()
+    waiting = [node]
+    while waiting:
+        producers = {v.producer() for v in waiting.pop().inputs if v is not None}
+        for maker in producers - found - {None}:
+            assert maker is not None
+            found.add(maker)
+            if maker not in until:
+                waiting.append(maker)
+    return {n for n in found if n in until} if until else found
 
 
 def value_of(

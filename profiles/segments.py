@@ -15,8 +15,10 @@ import torch
 
 from optimize.compile.emulate import emulated_bf16
 from optimize.compile.runners import OnnxRuntimeRunner
+from optimize.compile.translate import ORIGIN
 
 Tensors = dict[str, torch.Tensor]
+NEAR = 16  # nodes: no operator is written in more
 
 
 @dataclass(frozen=True)
@@ -28,19 +30,28 @@ class Segment:
 
 
 def segments_of(model: ir.Model, budget: int) -> list[Segment]:
-    """Cuts the graph wherever the weights since the last cut exceed `budget` bytes."""
+    """Cuts the graph where the weights since the last cut exceed `budget` bytes, between two torch operators."""
     nodes = list(model.graph)
     groups: list[list[ir.Node]] = [[]]
     size, seen = 0, set[ir.Value]()
-    for node in nodes:
+    for i, node in enumerate(nodes):
         own = {v for v in node.inputs if v is not None and v.const_value is not None} - seen
         weight = sum(v.const_value.nbytes for v in own if v.const_value is not None)
-        if groups[-1] and size + weight > budget:
+        if groups[-1] and size + weight > budget and between_operators(nodes, i):
             groups.append([])
             size, seen, weight = 0, set(), sum(v.const_value.nbytes for v in own if v.const_value is not None)
         groups[-1].append(node)
         size, seen = size + weight, seen | own
     return list(interfaces(model, groups))
+
+
+def between_operators(nodes: list[ir.Node], i: int) -> bool:
+    """Whether no torch operator has nodes on both sides of the i-th: bf16 is rounded where they end, and only there."""
+    before, after = (
+        {n.metadata_props.get(ORIGIN) for n in side} - {None}
+        for side in (nodes[max(0, i - NEAR) : i], nodes[i : i + NEAR])
+    )
+    return not before & after
 
 
 def interfaces(model: ir.Model, groups: list[list[ir.Node]]) -> Iterator[Segment]:

@@ -18,7 +18,7 @@ from optimize.profiles.segments import piece_of, run_segments, segments_of
 
 AXES = (Axis("b", 1, 2, 16), Axis("t", 1, 3, 64))
 WHOLE = 1 << 62
-BUDGETS = (1, 3000, 40_000, 10**9)
+BUDGETS = (1, 3000, 15_000, 10**9)
 PRECISIONS = ("fp32", "fp16", "bf16")
 
 

@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 
 SAMPLE_S = 0.02
 PACKAGES = (
-    "optimize",
     "torch",
     "diffusers",
     "transformers",
