@@ -359,13 +359,6 @@ NEGATIVES = {
         ((8, "t", 8),),
         {"Transpose": 2},
     ),
-    "a turned weight that is an output": Negative(
-        "fold weight transposes",
-        "it names an output of the graph",
-        lambda: Fn(lambda x, w: F.linear(x, w) @ w.new_ones(5, 1) + w.t().sum(), nn.Parameter(torch.randn(5, 8))),
-        (X,),
-        {"Transpose": 1},
-    ),
     "an implicit permutation": Negative(
         "merge transposes",
         "a permutation is implicit",
