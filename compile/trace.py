@@ -7,6 +7,7 @@ import types
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -106,12 +107,15 @@ def dynamic_dims(spec: TensorSpec, component: Component, dims: dict[str, Any]) -
 
 @contextlib.contextmanager
 def fast_tracing() -> Iterator[None]:
-    """Leaves are kept whole; fake tensors are not cached: with symbolic sizes that costs more than it saves."""
+    """Leaves are kept whole; fake tensors are not cached: with symbolic sizes that costs more than it saves. No stack
+    trace at each node: a fifth of the time, and the module path says where a node is from."""
     from torch._dynamo import config
+    from torch.fx import config as fx_config
 
     from .leaves import KeepLeaves
 
-    with config.patch(fake_tensor_cache_enabled=False), torch.no_grad(), KeepLeaves():
+    quiet = patch.object(fx_config, "do_not_emit_stack_traces", True)
+    with config.patch(fake_tensor_cache_enabled=False), quiet, torch.no_grad(), KeepLeaves():
         yield
 
 
