@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +21,7 @@ from .spec import Component
 from .trace import cast
 
 Feeds = Mapping[str, torch.Tensor]
+M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 
 
 class Runner(Protocol):
@@ -103,6 +106,7 @@ class EagerRunner:
 
     def __enter__(self) -> Self:
         if self.streamed:
+            return_large_blocks()
             self._module = streamed_module(self.component, self.precision)
         else:
             self._module = loaded_module(self.component, self.precision)
@@ -119,6 +123,13 @@ class EagerRunner:
         with torch.inference_mode(), HalfProducts():
             outputs = self._module(*(feeds[t.name] for t in self.component.inputs))
         return dict(zip(self.component.outputs, outputs, strict=True))
+
+
+def return_large_blocks() -> None:
+    """Freed blocks of a megabyte and more go back to the system at once. glibc raises that limit to 32 MB by itself, and
+    weights that come and go then leave holes: SDXL's U-Net, streamed, grew to 4.0 GB; so it stays at 0.7."""
+    with contextlib.suppress(AttributeError, OSError):  # another libc has no such habit
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 20)
 
 
 def streamed_module(component: Component, precision: str) -> torch.nn.Module:

@@ -20,7 +20,7 @@ from optimize.errors import GateError, OptimizeError
 if TYPE_CHECKING:
     from optimize.profiles.parity import Reference
 
-SEGMENT_BYTES = 192 << 20
+SEGMENT_BYTES = 96 << 20
 
 
 @dataclass(frozen=True)
