@@ -126,8 +126,8 @@ class EagerRunner:
 
 
 def return_large_blocks() -> None:
-    """Freed blocks of a megabyte and more go back to the system at once. glibc raises that limit to 32 MB by itself, and
-    weights that come and go then leave holes: SDXL's U-Net, streamed, grew to 4.0 GB; so it stays at 0.7."""
+    """Freed blocks of a megabyte and more go back to the system at once. glibc raises that limit to 32 MB by itself,
+    and weights that come and go then leave holes: SDXL's U-Net, streamed, grew to 4.0 GB; so it stays at 0.7."""
     with contextlib.suppress(AttributeError, OSError):  # another libc has no such habit
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 20)
 
