@@ -8,8 +8,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
+P = TypeVar("P")
+C = TypeVar("C")
 SMS = (80, 86, 89, 90, 100, 120)
 """Compute capabilities that are compiled ahead of time and shipped in the native library."""
 
@@ -46,7 +48,7 @@ class Compiled:
 
 
 @dataclass(frozen=True)
-class Kernel[P, C]:
+class Kernel(Generic[P, C]):
     """One Triton kernel. P is its problem (what decides which code is good: type, sizes, flags), C its config; both are
     frozen dataclasses of plain values, so that they can be keys and JSON."""
 
