@@ -1060,14 +1060,14 @@ def by_overload(emitter: Emitter, *names: str) -> dict[str, Emitter]:
 
 
 EMITTERS: Mapping[str, Emitter] = {
-    "optimize.attention.default": attention,
-    "optimize.group_norm.default": group_norm,
-    "optimize.layer_norm.default": layer_norm,
-    "optimize.rms_norm.default": rms_norm,
-    "optimize.activation.default": activation,
-    "optimize.softmax.default": softmax,
-    "optimize.linear.default": linear,
-    "optimize.resize.default": resize,
+    "leaf.attention.default": attention,
+    "leaf.group_norm.default": group_norm,
+    "leaf.layer_norm.default": layer_norm,
+    "leaf.rms_norm.default": rms_norm,
+    "leaf.activation.default": activation,
+    "leaf.softmax.default": softmax,
+    "leaf.linear.default": linear,
+    "leaf.resize.default": resize,
     "aten.scaled_dot_product_attention.default": sdpa,
     "aten.layer_norm.default": aten_layer_norm,
     "aten.group_norm.default": aten_group_norm,

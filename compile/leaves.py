@@ -19,16 +19,16 @@ ACTIVATIONS: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
 }
-_library = torch.library.Library("optimize", "DEF")
+_library = torch.library.Library("leaf", "DEF")
 
 
 def _leaf(schema: str, fake: Callable[..., Any], real: Callable[..., Any]) -> Any:
-    """Defines `optimize::<schema>`: `fake` gives its output's size, `real` is torch's own function."""
+    """Defines `leaf::<schema>`: `fake` gives its output's size, `real` is torch's own function."""
     _library.define(schema)
     name = schema.partition("(")[0]
-    torch.library.register_fake(f"optimize::{name}", fake, lib=_library)
+    torch.library.register_fake(f"leaf::{name}", fake, lib=_library)
     _library.impl(name, real, "CPU")
-    return getattr(torch.ops.optimize, name)
+    return getattr(torch.ops.leaf, name)
 
 
 def _like(x: torch.Tensor, *_: object) -> torch.Tensor:

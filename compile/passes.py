@@ -429,7 +429,7 @@ def run_rule(model: ir.Model, rule: Rule) -> PassResult:
     """Applies one rule to every node of its operator, in order."""
     result = PassResult()
     graph = model.graph
-    for node in [n for n in graph if n.op_type == rule.operator]:
+    for node in [n for n in graph if (n.domain, n.op_type) == ("", rule.operator)]:
         if node.graph is None:
             continue  # an earlier rewrite of this rule took it out
         reason = rule.apply(graph, node)

@@ -22,6 +22,7 @@ from torch.export.graph_signature import OutputKind
 from torch.fx import Node as FxNode
 
 from optimize.errors import GateError, InternalError
+from optimize.kernels import functions
 
 from .spec import Component, TensorSpec, dim_terms
 from .trace import Traced
@@ -113,7 +114,13 @@ class Builder:
         return free
 
     def op(
-        self, kind: str, *inputs: ir.Value | None, out: Out | None = None, outputs: int = 1, **attributes: Any
+        self,
+        kind: str,
+        *inputs: ir.Value | None,
+        out: Out | None = None,
+        outputs: int = 1,
+        domain: str = "",
+        **attributes: Any,
     ) -> Any:
         """Appends a node; gives its output value, or a tuple of them where `outputs` is more than one."""
         name = self.unique(f"{self.scope}/{kind}" if self.scope else kind)
@@ -130,6 +137,7 @@ class Builder:
                 kind,
                 list(inputs),
                 {k: v for k, v in attributes.items() if v is not None},
+                domain=domain,
                 outputs=values,
                 name=name,
                 metadata_props={ORIGIN: self.origin} if self.origin else None,
@@ -339,6 +347,7 @@ class Translator:
         weight: Callable[[str, tuple[int, ...], torch.dtype], ir.TensorProtocol],
     ) -> None:
         from .emitters import EMITTERS, IGNORED
+        from .kernel_emitters import KERNEL_EMITTERS
 
         self.traced, self.component, self.weight = traced, component, weight
         self.graph = Builder(
@@ -346,7 +355,7 @@ class Translator:
             empties=any(axis.min == 0 for axis in component.axes.values()),
             reserved=(*(spec.name for spec in component.inputs), *component.outputs),
         )
-        self.emitters, self.ignored = EMITTERS, IGNORED
+        self.emitters, self.ignored = {**EMITTERS, **KERNEL_EMITTERS}, IGNORED
         self.checkpoint_names = set(traced.module.state_dict())
         self.env: dict[FxNode, Any] = {}
         self.inputs: list[ir.Value] = []
@@ -576,7 +585,17 @@ class Translator:
             opset_imports={"": self.graph.opset},
             name=self.component.name,
         )
-        return ir.Model(graph, ir_version=10 if self.graph.opset < 23 else 11, producer_name="optimize")
+        ir_version = 10 if self.graph.opset < 23 else 11
+        return ir.Model(graph, ir_version=ir_version, producer_name="optimize", functions=bodies(graph))
+
+
+def bodies(graph: ir.Graph) -> list[ir.Function]:
+    """The function bodies of the nodes that are ours; the graph imports their domain."""
+    used = sorted({node.op_type for node in graph if node.domain == functions.DOMAIN})
+    if used:
+        graph.opset_imports[functions.DOMAIN] = functions.VERSION
+    opset = graph.opset_imports[""]
+    return [ir.serde.deserialize_function(functions.function(kind, opset)) for kind in used]
 
 
 def all_nodes(module: torch.fx.GraphModule) -> Iterator[FxNode]:

@@ -2068,8 +2068,8 @@ def test_a_failing_emitter_is_our_bug_and_says_where(monkeypatch):
     def broken(*_):
         raise TypeError("two operands")
 
-    monkeypatch.setattr(emitters, "EMITTERS", {**emitters.EMITTERS, "optimize.linear.default": broken})
+    monkeypatch.setattr(emitters, "EMITTERS", {**emitters.EMITTERS, "leaf.linear.default": broken})
     model = nn.Sequential(nn.ReLU(), nn.Sequential(nn.Linear(7, 5)))
     component = Component.from_module(model, [TensorSpec("x", (2, 7))], ["y"])
-    with pytest.raises(InternalError, match=r"emitter of optimize.linear.default failed in 1.0: two operands"):
+    with pytest.raises(InternalError, match=r"emitter of leaf.linear.default failed in 1.0: two operands"):
         graph_from_component(component, "fp32", 23, Clock(lambda s: None))

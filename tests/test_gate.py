@@ -21,13 +21,13 @@ from optimize.profiles.parity import distance, within
 
 def sabotage_norm(monkeypatch: pytest.MonkeyPatch, which: int) -> None:
     """The `which`-th group norm that is written gets another epsilon."""
-    honest = emitters.EMITTERS["optimize.group_norm.default"]
+    honest = emitters.EMITTERS["leaf.group_norm.default"]
     seen = iter(range(10_000))
 
     def wrong(g, out, x, groups, weight, bias, eps):  # type: ignore[no-untyped-def]
         return honest(g, out, x, groups, weight, bias, 0.5 if next(seen) == which else eps)
 
-    monkeypatch.setitem(emitters.EMITTERS, "optimize.group_norm.default", wrong)  # type: ignore[arg-type]
+    monkeypatch.setitem(emitters.EMITTERS, "leaf.group_norm.default", wrong)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])

@@ -160,7 +160,7 @@ def component() -> Component:
     return Component.from_module(Net(), specs, ["early", "late", "other"], [Axis("b", 1, 2, 8), Axis("t", 2, 5, 64)])
 
 
-def sabotage(monkeypatch, which, name="optimize.group_norm.default"):
+def sabotage(monkeypatch, which, name="leaf.group_norm.default"):
     """The `which`-th norm that this emitter writes into a graph gets another epsilon."""
     honest = emitters.EMITTERS[name]
 
@@ -255,7 +255,7 @@ def make():
 def test_a_miss_keeps_the_evidence_and_claims_nothing(tmp_path, monkeypatch):
     (tmp_path / "sabotaged_net.py").write_text(FACTORY)
     monkeypatch.syspath_prepend(tmp_path)
-    sabotage(monkeypatch, 1, "optimize.layer_norm.default")
+    sabotage(monkeypatch, 1, "leaf.layer_norm.default")
     with pytest.raises(
         GateError, match=r"first node that departs: second/LayerNormalization \(LayerNormalization\)"
     ) as e:
