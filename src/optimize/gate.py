@@ -20,7 +20,7 @@ from optimize.errors import GateError, OptimizeError
 if TYPE_CHECKING:
     from optimize.profiles.parity import Reference
 
-SEGMENT_BYTES = 96 << 20
+SEGMENT_BYTES = 32 << 20  # ONNX Runtime holds a segment several times while it loads it; smaller ones cost no time
 
 
 @dataclass(frozen=True)
