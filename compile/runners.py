@@ -15,6 +15,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from optimize.errors import InputError, MissingError
+from optimize.kernels.functions import DOMAIN
 
 from .onnx_model import same_as
 from .spec import Component
@@ -177,14 +178,24 @@ NUMPY_OF_ORT = {
 
 
 class OnnxRuntimeRunner:
-    """ONNX Runtime on one provider. A session that would put a node elsewhere is refused."""
+    """ONNX Runtime on one provider. A session that would put a node elsewhere is refused.
+
+    A graph with nodes of `ai.optimize` runs on the native library where that was built (`native=None`), on it or not at
+    all (True: MissingError without it), or by the functions' bodies (False).
+    """
 
     name = "onnxruntime"
 
     def __init__(
-        self, path: Path, provider: str = "CPUExecutionProvider", *, threads: int = 0, optimize: bool = True
+        self,
+        path: Path,
+        provider: str = "CPUExecutionProvider",
+        *,
+        threads: int = 0,
+        optimize: bool = True,
+        native: bool | None = None,
     ) -> None:
-        self.path, self.provider, self.threads, self.optimize = path, provider, threads, optimize
+        self.path, self.provider, self.threads, self.optimize, self.native = path, provider, threads, optimize, native
         self._session: Any = None
 
     def __enter__(self) -> Self:
@@ -202,6 +213,10 @@ class OnnxRuntimeRunner:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         if not self.optimize:
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        if self.native is not False and uses_kernels(self.path):
+            library = native_library(required=self.native is True)
+            if library is not None:
+                options.register_custom_ops_library(str(library))
         self._session = ort.InferenceSession(str(self.path), options, providers=[self.provider])
         if self._session.get_providers()[0] != self.provider:
             raise MissingError(f"ONNX Runtime fell back from {self.provider}", got=self._session.get_providers())
@@ -222,6 +237,23 @@ class OnnxRuntimeRunner:
         }
         names = [o.name for o in self._session.get_outputs()]
         return {n: torch.from_numpy(np.asarray(v)) for n, v in zip(names, self._session.run(None, arrays), strict=True)}
+
+
+def uses_kernels(path: Path) -> bool:
+    """Whether the graph has nodes of ours: the name of their domain stands in the file."""
+    return DOMAIN.encode() in path.read_bytes()
+
+
+def native_library(*, required: bool = False) -> Path | None:
+    """The operator library for ONNX Runtime; without it None, or MissingError where it is `required`."""
+    from optimize import kernels
+
+    try:
+        return Path(kernels.ort_library())
+    except MissingError:
+        if required:
+            raise
+        return None
 
 
 BACKENDS: Mapping[str, Callable[[Path], OnnxRuntimeRunner]] = {"onnxruntime": OnnxRuntimeRunner}

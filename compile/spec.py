@@ -136,6 +136,7 @@ class Component:
 
     `build()` returns the torch module in eval mode, its parameters on meta and its buffers real where no checkpoint
     holds them; its `forward` takes the tensors of `inputs` in order and returns a tuple of those of `outputs`.
+    With `kernels` its graphs are written with our own operators (`optimize.kernels`); eager stays as it is.
     """
 
     name: str
@@ -147,6 +148,7 @@ class Component:
     build: Callable[[], Any]
     weights: Weights
     config: Mapping[str, Any]
+    kernels: bool = False
 
     @staticmethod
     def from_module(

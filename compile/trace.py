@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import types
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 from unittest.mock import patch
 
@@ -15,17 +15,21 @@ from optimize.errors import GateError
 
 from .spec import Component, TensorSpec, dim_terms
 
+OWN_FUSED = "_own_fused_forward"  # of a module: its class's forward, rewritten by `fused`
+
 
 @dataclass(frozen=True)
 class Traced:
     """An exported program on meta tensors, and the real values of what is no weight.
 
-    `constants` maps buffer names to real tensors; `symbols` gives each sympy symbol's axis unit: `height = 64 * u`.
+    `constants` maps buffer names to real tensors. `fusions` says what became an operator of our own, where one was
+    asked for: counts by kind, and for each site that did not, by its module's path, why.
     """
 
     program: torch.export.ExportedProgram
     constants: Mapping[str, torch.Tensor]
     module: torch.nn.Module
+    fusions: Mapping[str, Any] = field(default_factory=dict)
 
 
 def with_forward(module: torch.nn.Module, forward: Callable[..., tuple[Any, ...]]) -> torch.nn.Module:
@@ -45,10 +49,26 @@ def with_forward(module: torch.nn.Module, forward: Callable[..., tuple[Any, ...]
 @contextlib.contextmanager
 def own_forward(module: torch.nn.Module) -> Iterator[None]:
     bound = module.__dict__.pop("forward")
+    if OWN_FUSED in module.__dict__:
+        module.__dict__["forward"] = module.__dict__[OWN_FUSED]
     try:
         yield
     finally:
         module.__dict__["forward"] = bound
+
+
+def fused(module: torch.nn.Module) -> Mapping[str, Any]:
+    """Rewrites the module with our own operators; its own forward too, where an adapter's is bound in front of it."""
+    from optimize import kernels
+
+    adapter = module.__dict__.pop("forward", None)
+    report = kernels.fuse(module)
+    if adapter is not None:
+        if "forward" in module.__dict__:
+            module.__dict__[OWN_FUSED] = module.__dict__["forward"]
+        module.__dict__["forward"] = adapter
+    found: Mapping[str, Any] = report.as_dict()
+    return found
 
 
 def cast(module: torch.nn.Module, precision: str) -> torch.nn.Module:
@@ -122,6 +142,7 @@ def fast_tracing() -> Iterator[None]:
 def trace_component(component: Component, precision: str) -> Traced:
     """Traces at the component's `traced` sizes. Raises GateError where the model cannot take its axes as they are."""
     module = cast(component.build(), precision)
+    fusions = fused(module) if component.kernels else {}
     constants = buffers_to_meta(module)
     sizes = component.shape_sets()["traced"]
     tensors = [
@@ -139,4 +160,4 @@ def trace_component(component: Component, precision: str) -> Traced:
             got=f"{type(e).__name__}: {str(e).strip()[:1500]}",
             mend="if a size is named above, make that axis static (--axis NAME=SIZE)",
         ) from e
-    return Traced(program, constants, module)
+    return Traced(program, constants, module, fusions)

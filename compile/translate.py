@@ -11,7 +11,7 @@ import math
 import operator
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias, cast
 
 import numpy as np
@@ -676,7 +676,7 @@ def decomposed(traced: Traced, operators: set[str]) -> Traced | None:
             program = traced.program.run_decompositions(table)
     except Exception as e:  # torch raises many kinds here; each means that it cannot write them in simpler ones
         raise Untranslated(operators) from e
-    return Traced(program, traced.constants, traced.module)
+    return replace(traced, program=program)
 
 
 def all_overloads(module: torch.fx.GraphModule) -> Iterator[Any]:

@@ -150,7 +150,8 @@ def value_of(
     """One value of the graph: the part that computes it, run in ONNX Runtime."""
     names = {str(v.name): v for v in model.graph.inputs}
     part: Any = ir.convenience.extract(model.graph, list(names), [value])
-    piece = ir.Model(part, ir_version=model.ir_version)
+    part.opset_imports.update(model.opset_imports)
+    piece = ir.Model(part, ir_version=model.ir_version, functions=list(model.functions.values()))
     file = path.with_name("departure.onnx")
     ir.save(emulated_bf16(piece) if precision == "bf16" else piece, file)
     given = widened(feeds) if precision == "bf16" else feeds

@@ -95,4 +95,5 @@ def run_segments(
 def piece_of(model: ir.Model, segment: Segment) -> ir.Model:
     """A model of one segment's nodes, its weights still in the whole model's file."""
     graph: Any = ir.convenience.extract(model.graph, list(segment.inputs), list(segment.outputs))
-    return ir.Model(graph, ir_version=model.ir_version)
+    graph.opset_imports.update(model.opset_imports)
+    return ir.Model(graph, ir_version=model.ir_version, functions=list(model.functions.values()))

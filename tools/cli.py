@@ -72,6 +72,11 @@ def export_words(verb: argparse.ArgumentParser) -> None:
         "--axis", action="append", default=[], metavar="NAME=MIN:OPT:MAX", help="sizes of an axis; NAME=SIZE is static"
     )
     verb.add_argument("--opset", type=int, default=23, metavar="N", help="ONNX opset, 18 to 25 (default: 23)")
+    verb.add_argument(
+        "--kernels",
+        action="store_true",
+        help="attention, norms and gated activations as our own operators (domain ai.optimize) with standard bodies",
+    )
     verb.add_argument("--dry-run", action="store_true", help="print the plan and write nothing")
     verb.add_argument("--why", action="store_true", help="say for each artifact why it was made or kept")
     verb.add_argument("--allow-pickle", action="store_true", help="read pickled weights (reading one can run its code)")
@@ -175,6 +180,7 @@ def run_export(args: argparse.Namespace, progress: Progress) -> int:
         weight_streaming=args.weight_streaming,
         timing_cache=args.timing_cache,
         memory=args.memory,
+        kernels=args.kernels,
     )
     if args.dry_run or args.why:
         with others_on_stderr():

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from optimize.kernels.functions import DOMAIN
+
 if TYPE_CHECKING:
     import onnx_ir as ir
 
@@ -45,6 +47,18 @@ CONTRIB: Mapping[str, str] = {
     "QuickGelu": "silu",
 }
 """Operators of other domains that are one node too."""
+
+OURS: Mapping[str, str] = {
+    "Attention": "attention",
+    "LayerNorm": "layer norm",
+    "RMSNorm": "rms norm",
+    "GroupNorm": "group norm",
+    "Rotary": "rotary embedding",
+    "QKNorm": "rms norm",
+    "GeGLU": "gelu",
+    "SwiGLU": "silu",
+}
+"""What the name of an operator of `ai.optimize` has in it -> what it computes, with what is fused around it."""
 
 FIRST = {kind: (operator, since) for operator, (kind, since) in STANDARD.items()}
 SCORES = frozenset({"Add", "Sub", "Mul", "Div", "Where", "Cast", "Reshape", "Identity", "Max", "Min", "Clip", "Tanh"})
@@ -223,6 +237,9 @@ def sites_of(model: ir.Model, declined: Mapping[str, Mapping[str, str]]) -> Iter
             yield Site(path_of(node), pattern.kind, name, False, " ".join(n.op_type for n in pattern.nodes), why)
         elif node.domain in ("", "ai.onnx") and node.op_type in STANDARD:
             yield Site(path_of(node), STANDARD[node.op_type][0], name, True, node.op_type, said.get(name, ""))
+        elif node.domain == DOMAIN:
+            kind = next(kind for part, kind in OURS.items() if part in node.op_type)
+            yield Site(path_of(node), kind, name, False, f"{DOMAIN}::{node.op_type}", "")
         elif node.domain not in ("", "ai.onnx") and node.op_type in CONTRIB:
             yield Site(
                 path_of(node),
@@ -257,13 +274,15 @@ def totals_of(sites: Iterable[Site]) -> list[dict[str, str | int]]:
     rows: list[dict[str, str | int]] = []
     for kind, found in kinds.items():
         standard = sum(site.standard for site in found)
+        ours = Counter(site.into for site in found if site.into.startswith(DOMAIN))
         reasons = Counter(site.reason for site in found if site.reason)
         rows.append(
             {
                 "kind": kind,
                 "sites": len(found),
                 "standard": standard,
-                "other": len(found) - standard,
+                "ours": "; ".join(f"{count} {into.partition('::')[2]}" for into, count in ours.most_common()),
+                "other": len(found) - standard - ours.total(),
                 "why": "; ".join(f"{count} x {reason}" for reason, count in reasons.most_common()),
             }
         )

@@ -144,7 +144,11 @@ def block_of(path: Path, out: Path) -> Block:
         raise InputError(f"{out} is a folder", expected="a file to write")
     with disk_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
-        ir.save(ir.Model(block, ir_version=model.ir_version, producer_name=model.producer_name), out)
+        functions = list(model.functions.values())
+        block.opset_imports.update(model.opset_imports)
+        ir.save(
+            ir.Model(block, ir_version=model.ir_version, producer_name=model.producer_name, functions=functions), out
+        )
     return Block(out, name, len(block), alike)
 
 

@@ -9,12 +9,13 @@ import importlib.metadata
 import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from optimize.errors import GateError, InputError, MissingError
+from optimize.kernels.functions import LEAST_OPSET
 from optimize.progress import Progress
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ STEPS = (
     "record in the manifest",
 )
 FORMATS = ("onnx", "tensorrt")
+REWRITING = ("fuse.py", "functions.py", "ops.py", "reference.py")  # of the kernels room: what `--kernels` writes by
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ class Request:
     weight_streaming: bool = False
     timing_cache: Path | None = None
     memory: int | None = None
+    kernels: bool = False
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,7 @@ def request_from_words(
     weight_streaming: bool = False,
     timing_cache: Path | None = None,
     memory: int | None = None,
+    kernels: bool = False,
 ) -> Request:
     """Checks words that need no model. Raises InputError for unknown precisions, formats, targets and opsets, and
     MissingError for targets that nothing here builds for."""
@@ -104,6 +108,13 @@ def request_from_words(
             got=opset,
             expected="18 to 25",
             mend="--opset 23, the default, has the standard Attention and norm nodes",
+        )
+    if kernels and opset < LEAST_OPSET:
+        raise InputError(
+            f"our own operators have bodies from opset {LEAST_OPSET} on",
+            got=f"--kernels with --opset {opset}",
+            expected=f"--opset {LEAST_OPSET} or later",
+            mend="leave out one of the two",
         )
     if targets and "tensorrt" not in formats:
         formats = (*formats, "tensorrt")
@@ -126,6 +137,7 @@ def request_from_words(
         weight_streaming,
         timing_cache,
         memory,
+        kernels,
     )
 
 
@@ -173,7 +185,7 @@ def components_for(request: Request) -> tuple[Component, ...]:
         for c in takers:
             axis = axis_from_text(text, c.axes)
             chosen[chosen.index(c)] = c.with_axes({axis.name: axis})
-    return tuple(chosen)
+    return tuple(replace(c, kernels=request.kernels) for c in chosen)
 
 
 def plan_from_request(request: Request, components: tuple[Component, ...], bundle: Bundle | None) -> Plan:
@@ -182,7 +194,8 @@ def plan_from_request(request: Request, components: tuple[Component, ...], bundl
     for component in plan.components:
         for precision in request.precisions:
             key = key_of(component, precision, request)
-            step = step_for(bundle, onnx_id(component.name, precision, request.opset), component, precision, key, None)
+            onnx = onnx_id(component, precision, request.opset)
+            step = step_for(bundle, onnx, component, precision, key, None)
             plan.steps.append(step)
             for target in request.targets:
                 sm = target[1]
@@ -192,8 +205,7 @@ def plan_from_request(request: Request, components: tuple[Component, ...], bundl
                     "weight streaming": str(request.weight_streaming),
                     "tensorrt": flavour_text(sm),
                 }
-                id_ = f"{onnx_id(component.name, precision, request.opset)}/sm{sm}"
-                plan.steps.append(step_for(bundle, id_, component, precision, engine_key, target))
+                plan.steps.append(step_for(bundle, f"{onnx}/sm{sm}", component, precision, engine_key, target))
     return plan
 
 
@@ -219,8 +231,10 @@ def step_for(
     return Step(id_, component, precision, key, "unchanged", True, target)
 
 
-def onnx_id(component: str, precision: str, opset: int) -> str:
-    return f"{component}/{precision}" if opset == 23 else f"{component}/{precision}/opset{opset}"
+def onnx_id(component: Component, precision: str, opset: int) -> str:
+    """`unet/fp16`, and what is not the default after it."""
+    words = [*([f"opset{opset}"] if opset != 23 else []), *(["kernels"] if component.kernels else [])]
+    return "/".join([component.name, precision, *words])
 
 
 def flavour_text(sm: int) -> str:
@@ -240,6 +254,7 @@ def key_of(component: Component, precision: str, request: Request) -> dict[str, 
         "opset": str(request.opset),
         "axes": json.dumps({n: asdict(a) for n, a in component.axes.items()}, sort_keys=True),
         "exporter": exporter_digest(),
+        **({"kernels": kernels_digest()} if component.kernels else {}),
         **{f"version of {k}": v for k, v in versions().items()},
     }
 
@@ -255,6 +270,15 @@ def exporter_digest() -> str:
 
     folder = Path(str(optimize.compile.__file__)).parent
     return digest("".join(p.read_text() for p in sorted(folder.glob("*.py"))))
+
+
+@cache
+def kernels_digest() -> str:
+    """Digest of what rewrites a module and of the bodies of our operators."""
+    import optimize.kernels
+
+    folder = Path(str(optimize.kernels.__file__)).parent
+    return digest("".join((folder / name).read_text() for name in REWRITING))
 
 
 @cache
@@ -315,7 +339,7 @@ def make_onnx(step: Step, request: Request, bundle: Bundle, progress: Progress) 
             external.point_at(model, weights_path.name, external.header_bytes(weights_path))
             ir.save(model, graph_path)
             ir.save(external.stripped(model), view_path)
-        nodes = len(model.graph)
+        nodes, fusions = len(model.graph), traced.fusions
         del model, traced
         gc.collect()  # torch's graphs are full of cycles: hundreds of MB that the gate can use
         with clock("check"):
@@ -325,7 +349,16 @@ def make_onnx(step: Step, request: Request, bundle: Bundle, progress: Progress) 
             parity = parity_of_onnx(graph_path, component, precision, how, progress.say)
         if not parity.passed:
             raise miss(graph_path, component, precision, parity, bundle.root / FAILED / stem, progress.say)
-        adopt(step, request, bundle, folder, nodes, clock.seconds, rules, parity, shared)
+        spec = {
+            "precision": precision,
+            "opset": request.opset,
+            "kernels": component.kernels,
+            "nodes": nodes,
+            "rules": {k: r.rewritten for k, r in rules.items() if r.rewritten},
+            "declined": {k: r.declined for k, r in rules.items() if r.declined},
+            **({"fusions": fusions} if fusions else {}),
+        }
+        adopt(step, bundle, folder, spec, clock.seconds, parity, shared)
 
 
 def metadata_of(step: Step, request: Request) -> dict[str, str]:
@@ -361,12 +394,10 @@ def shared_weights(model: Any, step: Step, bundle: Bundle) -> Artifact | None:
 
 def adopt(
     step: Step,
-    request: Request,
     bundle: Bundle,
     folder: Path,
-    nodes: int,
+    spec: Mapping[str, Any],
     seconds: Mapping[str, float],
-    rules: Mapping[str, Any],
     parity: Any,
     shared: Artifact | None,
 ) -> None:
@@ -375,13 +406,6 @@ def adopt(
     from optimize.compile.records import Artifact, Kind
 
     name = step.component.name
-    spec = {
-        "precision": step.precision,
-        "opset": request.opset,
-        "nodes": nodes,
-        "rules": {k: r.rewritten for k, r in rules.items() if r.rewritten},
-        "declined": {k: r.declined for k, r in rules.items() if r.declined},
-    }
     weights_id = shared.id if shared else f"{step.artifact}/weights"
     kinds: dict[str, tuple[Kind, str, list[str]]] = {
         ".safetensors": ("weights", weights_id, []),
@@ -404,7 +428,7 @@ def adopt(
                 bytes=path.stat().st_size,
                 sha256=digest_of_file(path),
                 parents=parents,
-                spec=spec if kind == "onnx" else {"precision": step.precision},
+                spec=dict(spec) if kind == "onnx" else {"precision": step.precision},
                 key=dict(step.key) if kind != "view" else {},
                 versions=versions() if kind == "onnx" else {},
                 seconds=dict(seconds) if kind == "onnx" else {},

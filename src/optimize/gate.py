@@ -60,7 +60,7 @@ def parity_by_draws(
     path: Path, component: Component, precision: str, plan: Plan, say: Callable[[str], None], draws: int
 ) -> Parity:
     """One comparison with up to `draws` sets of feeds at each set of sizes."""
-    from optimize.compile.runners import OnnxRuntimeRunner
+    from optimize.compile.runners import OnnxRuntimeRunner, native_library, uses_kernels
     from optimize.profiles import parity, segments
 
     known = parity.references(component, precision, streamed=plan.streamed, say=say, draws=draws)
@@ -82,9 +82,18 @@ def parity_by_draws(
             outputs = segments.run_segments(path, cut, list(feeds), emulate=emulate)
             how = f"{len(cut)} segments" if len(cut) > 1 else "whole"
         else:
-            with OnnxRuntimeRunner(path) as runner:
+            with OnnxRuntimeRunner(path, native=False) as runner:
                 outputs = [runner.infer(f) for f in feeds]
             how = "whole"
+            if uses_kernels(path) and native_library() is not None:
+                say("ONNX Runtime with the native library")
+                with OnnxRuntimeRunner(path, native=True) as runner:
+                    by_library = [runner.infer(f) for f in feeds]
+                backend = "onnxruntime CPU with the native library"
+                again = parity.parity_of(by_library, component, precision, known, backend=backend)
+                if not again.passed:
+                    return again
+                notes.append(f"by the functions' bodies; with the native library too: {again.worst:.1e}")
     return parity.parity_of(outputs, component, precision, known, backend="onnxruntime CPU", how=how, notes=notes)
 
 
