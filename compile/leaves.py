@@ -160,6 +160,7 @@ MAKERS = frozenset(
         torch.eye,
         torch.full,
         torch.linspace,
+        torch.logspace,
         torch.ones,
         torch.zeros,
         torch.tril_indices,
