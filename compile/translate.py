@@ -358,11 +358,12 @@ class Translator:
         self.emitters, self.ignored = {**EMITTERS, **KERNEL_EMITTERS}, IGNORED
         self.checkpoint_names = set(traced.module.state_dict())
         self.env: dict[FxNode, Any] = {}
+        self.region = ""  # the inlined regions that the walk is in: their nodes have names of their own
         self.inputs: list[ir.Value] = []
 
     def run(self) -> ir.Model:
         program = self.traced.program
-        missing = {str(n.target) for n in all_nodes(program.graph_module) if not self.served(n)}
+        missing = {described(n) for n in all_nodes(program.graph_module) if not self.served(n)}
         if missing:
             raise Untranslated(missing)
         self.placeholders()
@@ -379,7 +380,7 @@ class Translator:
             node.target is operator.getitem
             or name in self.ignored
             or self.emitters.get(name) is not None
-            or name.startswith("wrap_with")
+            or (name.startswith("wrap_with") and not is_autocast(node))
             or foldable(node)
         )
 
@@ -501,7 +502,7 @@ class Translator:
         args, kwargs = cast(Any, torch.fx.map_arg(cast(Any, (node.args, node.kwargs)), lambda n: self.env[n]))
         if node.target is operator.getitem:
             return args[0][args[1]]
-        self.graph.scope, self.graph.origin = scope_of(node), node.name
+        self.graph.scope, self.graph.origin = scope_of(node), self.region + node.name
         folded = self.fold(node, args, kwargs)
         if folded is not None:
             return folded
@@ -537,7 +538,11 @@ class Translator:
         body = self.env[cast(FxNode, node.args[position])]
         for inner, outer in zip(body.graph.find_nodes(op="placeholder"), node.args[position + 1 :], strict=True):
             self.env[inner] = self.env[outer] if isinstance(outer, FxNode) else outer
-        return self.walk(body)
+        before, self.region = self.region, f"{self.region}{node.args[position]}/"
+        try:
+            return self.walk(body)
+        finally:
+            self.region = before
 
     def fold(self, node: FxNode, args: Any, kwargs: Any) -> Any:
         """torch computes it now if nothing in it depends on an input, and the result is not huge."""
@@ -605,6 +610,18 @@ def all_nodes(module: torch.fx.GraphModule) -> Iterator[FxNode]:
             inner = getattr(module, str(node.target), None)
             if isinstance(inner, torch.fx.GraphModule):
                 yield from all_nodes(inner)
+
+
+def is_autocast(node: FxNode) -> bool:
+    """A region that `torch.autocast` rewrites while it runs: its graph does not show the types that it computes in."""
+    return str(node.target) == "wrap_with_autocast" and bool(node.args[2])
+
+
+def described(node: FxNode) -> str:
+    """The operator's name; a region of autocast by the words that a user knows it by."""
+    if is_autocast(node):
+        return f"torch.autocast({node.args[0]!r}, {node.args[1]}) inside a forward: choose the type with --precision"
+    return str(node.target)
 
 
 def writes_a_view(node: FxNode) -> bool:

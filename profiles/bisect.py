@@ -174,6 +174,10 @@ def write_reproduction(path: Path, component: Component, precision: str, sizes: 
     except ImportError:
         return "install polygraphy to have a command written here"
     G_LOGGER.severity = G_LOGGER.ERROR  # it writes on stdout otherwise
+    if precision == "bf16":  # ONNX Runtime's CPU provider has no bf16 kernels: the same graph, emulated
+        emulated = path.with_name(f"{path.stem}.emulated.onnx")
+        ir.save(emulated_bf16(ir.load(path)), emulated)
+        path = emulated
     arrays = {k: t.numpy() if t.dtype != torch.bfloat16 else t.float().numpy() for k, t in feeds.items()}
     save_json([arrays], str(folder / "inputs.json"))
     results = RunResults()

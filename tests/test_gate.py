@@ -12,8 +12,10 @@ import pytest
 import torch
 
 import optimize
+from optimize import Axis, Component, TensorSpec
 from optimize.compile import emitters
 from optimize.compile.bundle import Bundle
+from optimize.compile.onnx_model import Clock, graph_from_component
 from optimize.compile.records import OutputError
 from optimize.errors import GateError
 from optimize.profiles.parity import distance, within
@@ -76,3 +78,27 @@ def test_distance_takes_no_bad_values_for_good() -> None:
 def test_rule_by_precision(relative: float, eager: float | None, precision: str, passes: bool) -> None:
     error = OutputError(name="y", relative=relative, worst=relative, finite=True, eager=eager)
     assert within(error, precision) is passes
+
+
+class Autocast(torch.nn.Module):
+    def __init__(self, enabled: bool) -> None:
+        super().__init__()
+        self.enabled, self.linear = enabled, torch.nn.Linear(16, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.enabled):
+            return self.linear(x)
+
+
+def autocast_component(enabled: bool) -> Component:
+    axes = [Axis("batch", 1, 2, 8)]
+    return Component.from_module(Autocast(enabled), [TensorSpec("x", ("batch", 16))], ["y"], axes)
+
+
+def test_autocast_inside_a_forward_is_refused() -> None:
+    """Its types are not in the torch graph: what would be exported is something else than what eager computes."""
+    with pytest.raises(GateError, match=r"torch\.autocast\('cpu', torch\.bfloat16\) inside a forward"):
+        graph_from_component(autocast_component(True), "fp32", 23, Clock(lambda s: None))
+    model, _, _ = graph_from_component(autocast_component(False), "fp32", 23, Clock(lambda s: None))
+    origins = [node.metadata_props["optimize.torch_node"] for node in model.graph]
+    assert origins and all(origin.startswith("submod_") for origin in origins)
