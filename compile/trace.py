@@ -15,8 +15,6 @@ from optimize.errors import GateError
 
 from .spec import Component, TensorSpec, dim_terms
 
-OWN_FUSED = "_own_fused_forward"  # of a module: its class's forward, rewritten by `fused`
-
 
 @dataclass(frozen=True)
 class Traced:
@@ -49,8 +47,6 @@ def with_forward(module: torch.nn.Module, forward: Callable[..., tuple[Any, ...]
 @contextlib.contextmanager
 def own_forward(module: torch.nn.Module) -> Iterator[None]:
     bound = module.__dict__.pop("forward")
-    if OWN_FUSED in module.__dict__:
-        module.__dict__["forward"] = module.__dict__[OWN_FUSED]
     try:
         yield
     finally:
@@ -58,16 +54,11 @@ def own_forward(module: torch.nn.Module) -> Iterator[None]:
 
 
 def fused(module: torch.nn.Module) -> Mapping[str, Any]:
-    """Rewrites the module with our own operators; its own forward too, where an adapter's is bound in front of it."""
+    """Rewrites the module with our own operators, its own forward behind the adapter's too. Gives the report."""
     from optimize import kernels
 
-    adapter = module.__dict__.pop("forward", None)
-    report = kernels.fuse(module)
-    if adapter is not None:
-        if "forward" in module.__dict__:
-            module.__dict__[OWN_FUSED] = module.__dict__["forward"]
-        module.__dict__["forward"] = adapter
-    found: Mapping[str, Any] = report.as_dict()
+    with own_forward(module):
+        found: Mapping[str, Any] = kernels.fuse(module).as_dict()
     return found
 
 

@@ -34,7 +34,6 @@ STEPS = (
     "record in the manifest",
 )
 FORMATS = ("onnx", "tensorrt")
-REWRITING = ("fuse.py", "functions.py", "ops.py", "reference.py")  # of the kernels room: what `--kernels` writes by
 
 
 @dataclass(frozen=True)
@@ -274,11 +273,11 @@ def exporter_digest() -> str:
 
 @cache
 def kernels_digest() -> str:
-    """Digest of what rewrites a module and of the bodies of our operators."""
+    """Digest of what rewrites a module and of the bodies of our operators; not of GPU kernels, which no graph holds."""
     import optimize.kernels
 
     folder = Path(str(optimize.kernels.__file__)).parent
-    return digest("".join((folder / name).read_text() for name in REWRITING))
+    return digest("".join(p.read_text() for p in sorted(folder.glob("*.py")) if not p.name.startswith("triton_")))
 
 
 @cache
