@@ -9,6 +9,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .fusing import Report as Report
+    from .fusing import fuse as fuse
+    from .fusing import unfuse as unfuse
     from .ops import attention as attention
     from .ops import geglu as geglu
     from .ops import group_norm as group_norm
@@ -18,15 +21,29 @@ if TYPE_CHECKING:
     from .ops import swiglu as swiglu
 
 WHERE = {
+    "Report": "fusing",
     "attention": "ops",
+    "fuse": "fusing",
     "geglu": "ops",
     "group_norm": "ops",
     "layer_norm": "ops",
     "qk_norm_rope": "ops",
     "rms_norm": "ops",
     "swiglu": "ops",
+    "unfuse": "fusing",
 }
-__all__ = ["attention", "geglu", "group_norm", "layer_norm", "qk_norm_rope", "rms_norm", "swiglu"]
+__all__ = [
+    "Report",
+    "attention",
+    "fuse",
+    "geglu",
+    "group_norm",
+    "layer_norm",
+    "qk_norm_rope",
+    "rms_norm",
+    "swiglu",
+    "unfuse",
+]
 
 
 def __getattr__(name: str) -> Any:

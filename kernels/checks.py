@@ -20,6 +20,14 @@ def shape(x: Tensor) -> list[int]:
     return list(x.shape)
 
 
+def spans(size: int, full: int) -> bool:
+    """Whether a size broadcasts to the full one. A symbolic size is compared with the full one first: that it is no 1
+    would be a condition on the exported graph."""
+    if isinstance(size, int) and size == 1:
+        return True
+    return size in (full, 1)
+
+
 def check_tensors(**tensors: Tensor | None) -> None:
     """All are tensors, of a float type that is served, on the first one's device; none is empty."""
     first: tuple[str, Tensor] | None = None
@@ -85,7 +93,7 @@ def check_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal
     if bias.device != q.device:
         raise fail("bias", f"device {bias.device}", f"{q.device}, as q")
     full = (batch, heads, queries, k.shape[2])
-    if bias.dim() > 4 or any(b not in (1, f) for b, f in zip(reversed(bias.shape), reversed(full), strict=False)):
+    if bias.dim() > 4 or any(not spans(b, f) for b, f in zip(reversed(bias.shape), reversed(full), strict=False)):
         raise fail("bias", shape(bias), f"what broadcasts to {list(full)}")
 
 
@@ -113,8 +121,8 @@ def check_modulation(name: str, t: Tensor | None, x: Tensor) -> None:
     if x.dim() != 3:
         raise fail("x", f"{shape(x)} with {name}", "[batch, tokens, channels]")
     batch, tokens, channels = x.shape
-    fits = t.dim() in (2, 3) and t.shape[-1] == channels and t.shape[0] in (1, batch)
-    if not fits or (t.dim() == 3 and t.shape[1] not in (1, tokens)):
+    fits = t.dim() in (2, 3) and t.shape[-1] == channels and spans(t.shape[0], batch)
+    if not fits or (t.dim() == 3 and not spans(t.shape[1], tokens)):
         raise fail(name, shape(t), f"[{batch}, {channels}] or [{batch}, {tokens}, {channels}]")
 
 
@@ -168,7 +176,7 @@ def check_qk_norm_rope(
         if head_dim % 2:
             raise fail("q", f"a head_dim of {head_dim}", "an even one to rotate")
         fits = t.dim() in (2, 3) and t.shape[-2] == tokens and t.shape[-1] == head_dim // 2
-        if not fits or (t.dim() == 3 and t.shape[0] not in (1, batch)):
+        if not fits or (t.dim() == 3 and not spans(t.shape[0], batch)):
             raise fail(name, shape(t), f"[{tokens}, {head_dim // 2}] or [{batch}, {tokens}, {head_dim // 2}]")
 
 
