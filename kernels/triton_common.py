@@ -1,4 +1,4 @@
-# mypy: disable-error-code="no-untyped-def"
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
 # The jitted functions have no Python types: Triton gives them theirs when it compiles.
 """Jitted functions that several kernels call."""
 

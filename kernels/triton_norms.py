@@ -368,7 +368,7 @@ def launch_rms_norm(x: Tensor, weight: Tensor | None, eps: float, scale: Tensor 
     return launch(x, None, None, weight, None, eps, scale, shift, rms=True)[0]
 
 
-@interpretable
+@interpretable(like=1)
 def launch_add_layer_norm(
     x: Tensor, residual: Tensor, gate: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float,
     scale: Tensor | None, shift: Tensor | None,
@@ -376,7 +376,7 @@ def launch_add_layer_norm(
     return launch(x, residual, gate, weight, bias, eps, scale, shift, rms=False)
 
 
-@interpretable
+@interpretable(like=1)
 def launch_add_rms_norm(
     x: Tensor, residual: Tensor, gate: Tensor | None, weight: Tensor | None, eps: float, scale: Tensor | None,
     shift: Tensor | None,

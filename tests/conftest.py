@@ -2,9 +2,14 @@
 
 import fcntl
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -27,3 +32,35 @@ def demo_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
         optimize.export("demo", root / "demo")
         optimize.export("demo", root / "demo", components=["text_encoder"], precisions=["fp16"])
     return root / "demo"
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """New tensors are full of NaN, so that what a kernel does not write is seen."""
+    import torch
+
+    def poison(make: Callable[..., "Tensor"]) -> Callable[..., "Tensor"]:
+        def made(*args: Any, **options: Any) -> "Tensor":
+            t = make(*args, **options)
+            return t.fill_(torch.nan) if t.is_floating_point() else t
+
+        return made
+
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, poison(getattr(owner, name)))
+
+
+@pytest.fixture
+def within_budget() -> Callable[["Tensor", "Tensor", "Tensor"], None]:
+    """Asserts that ours is at most twice as far from the truth (float64) as torch's own result in the same type, or as
+    values that are off by half a unit in the last place. Both distances are L2 norms."""
+    import torch
+
+    def check(ours: "Tensor", theirs: "Tensor", truth: "Tensor") -> None:
+        assert ours.dtype == theirs.dtype and ours.shape == theirs.shape == truth.shape
+        assert truth.dtype == torch.float64 and ours.data_ptr() != theirs.data_ptr()
+        error, own = ((t.double() - truth).norm().item() for t in (ours, theirs))
+        half_a_unit = torch.finfo(ours.dtype).eps / 2 * truth.norm().item()
+        assert error <= 2 * max(own, half_a_unit), f"error {error:.3e}, torch's own {own:.3e}, units {half_a_unit:.3e}"
+
+    return check
