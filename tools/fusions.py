@@ -221,13 +221,17 @@ def path_of(node: ir.Node) -> str:
     return str(node.name or "").rpartition("/")[0].strip("/").replace("/", ".")
 
 
-def sites_of(model: ir.Model, declined: Mapping[str, Mapping[str, str]]) -> Iterator[Site]:
-    """All sites in the graph's order. `declined` is what the clean-up wrote: rule -> node -> reason."""
+def sites_of(
+    model: ir.Model, declined: Mapping[str, Mapping[str, str]], unfused: Sequence[Mapping[str, str]] = ()
+) -> Iterator[Site]:
+    """All sites in the graph's order. `declined` is what the clean-up wrote: rule -> node -> reason; `unfused` what our
+    own operators did not take: path of the module and why."""
     said = {
         node: f"the rule '{rule}' declined: {reason}"
         for rule, nodes in declined.items()
         for node, reason in nodes.items()
     }
+    left = {row["path"]: f"not one of ours: {row['why']}" for row in unfused}
     opset = model.opset_imports.get("", 0)
     for node in model.graph.all_nodes():
         name = str(node.name or "")
@@ -236,7 +240,14 @@ def sites_of(model: ir.Model, declined: Mapping[str, Mapping[str, str]]) -> Iter
             why = reason_for(pattern, said, opset, model.producer_name)
             yield Site(path_of(node), pattern.kind, name, False, " ".join(n.op_type for n in pattern.nodes), why)
         elif node.domain in ("", "ai.onnx") and node.op_type in STANDARD:
-            yield Site(path_of(node), STANDARD[node.op_type][0], name, True, node.op_type, said.get(name, ""))
+            yield Site(
+                path_of(node),
+                STANDARD[node.op_type][0],
+                name,
+                True,
+                node.op_type,
+                said.get(name) or left.get(path_of(node), ""),
+            )
         elif node.domain == DOMAIN:
             kind = next(kind for part, kind in OURS.items() if part in node.op_type)
             yield Site(path_of(node), kind, name, False, f"{DOMAIN}::{node.op_type}", "")

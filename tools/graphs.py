@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from optimize.errors import InputError
 from optimize.tools.fusions import Site, sites_of
@@ -92,8 +92,8 @@ def model_from_file(path: Path) -> ir.Model:
     return model
 
 
-def graph_from_file(path: Path, name: str, declined: Mapping[str, Mapping[str, str]] | None = None) -> Graph:
-    """What the file says. `declined` is what the clean-up wrote in a bundle's manifest: rule -> node -> reason."""
+def graph_from_file(path: Path, name: str, said: Mapping[str, Any] | None = None) -> Graph:
+    """What the file says. `said`: what the manifest says of it, `declined` by the clean-up, `fusions` by our kernels."""
     model = model_from_file(path)
     infer_types(model)
     nodes = list(model.graph.all_nodes())
@@ -121,9 +121,13 @@ def graph_from_file(path: Path, name: str, declined: Mapping[str, Mapping[str, s
         weight_bytes=sum(w.bytes for w, _ in weights),
         precision={"parameters": shares_of(elements), "outputs": shares_of(outputs)},
         largest=tuple(w for w, _ in weights[:LARGEST]),
-        sites=tuple(sites_of(model, declined or {})),
+        sites=tuple(sites_of(model, *declined_in(said or {}))),
         warnings=tuple(warnings_of(model)),
     )
+
+
+def declined_in(said: Mapping[str, Any]) -> tuple[Mapping[str, Any], Sequence[Any]]:
+    return said.get("declined", {}), said.get("fusions", {}).get("declined", ())
 
 
 def infer_types(model: ir.Model) -> None:

@@ -115,7 +115,7 @@ def inspection_of(
 ) -> Inspection:
     from optimize.tools.graphs import graph_from_file
 
-    read = {a.id: graph_from_file(bundle.path(a), a.id, a.spec.get("declined", {})) for a in graphs}
+    read = {a.id: graph_from_file(bundle.path(a), a.id, a.spec) for a in graphs}
     records = [r for r in bundle.manifest.components.values() if component in (None, r.name)]
     shown = [
         a
