@@ -29,7 +29,11 @@ def activated(x, ACTIVATION):
     return x * tl.sigmoid(x)
 
 
-@triton.jit
+SIZES = ["rows", "columns", "blocks", "value_row", "gate_row"]
+"""Triton would compile anew for each of them that is 1, or a multiple of 16, or neither. UNIT says what is needed."""
+
+
+@triton.jit(do_not_specialize=SIZES)
 def gated_kernel(value, gate, out, rows, columns, blocks, value_row, value_column, gate_row, gate_column,
                  ACTIVATION: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """A tile [ROWS, BLOCK] of [rows, columns]; out is contiguous. Grid: row blocks * blocks (of columns)."""
@@ -98,10 +102,7 @@ def compiled(problem: GatedProblem, config: GatedConfig) -> Compiled:
     constants = {"value_column": 1, "gate_column": 1, **meta(problem, config)}
     kinds = pointers | strides | dict.fromkeys(("rows", "blocks"), "i32") | {"columns": "i64"}
     kinds |= dict.fromkeys(constants, "constexpr")
-    sizes = ("columns", *strides) if problem.unit == 16 else ()
-    return Compiled(
-        {name: kinds[name] for name in gated_kernel.arg_names}, constants, config.warps, 1, (*pointers, *sizes)
-    )
+    return Compiled({name: kinds[name] for name in gated_kernel.arg_names}, constants, config.warps, 1, tuple(pointers))
 
 
 def shipped() -> Iterator[GatedProblem]:

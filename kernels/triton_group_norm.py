@@ -34,6 +34,13 @@ SECTOR = 32
 """Bytes. Where a group's channels at one position are fewer, a program of one group wastes what it reads."""
 
 
+GROUP_SIZES = ["groups", "group_channels", "positions"]
+PARTIAL_SIZES = ["channels", "positions", "channel_blocks", "chunks"]
+MERGE_SIZES = [*GROUP_SIZES, "chunks", "chunk"]
+APPLY_SIZES = [*MERGE_SIZES, "channel_blocks", "position_blocks"]
+"""Triton would compile anew for each of them that is 1, or a multiple of 16, or neither. UNIT says what is needed."""
+
+
 @triton.jit
 def affine(y, weight, bias, channel, inside):
     """`y * weight + bias`, of what there is; y [channels, positions]."""
@@ -59,7 +66,7 @@ def offsets(batch, channel, position, channels, positions, CHANNELS_LAST, UNIT):
     return batch * channels * step + channel.to(tl.int64)[:, None] * step + position[None, :]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=GROUP_SIZES)
 def group_norm_kernel(x, weight, bias, out, groups, group_channels, positions, eps, SILU: tl.constexpr,
                       CHANNELS_LAST: tl.constexpr, UNIT: tl.constexpr, CHANNELS: tl.constexpr,
                       POSITIONS: tl.constexpr):  # fmt: skip
@@ -94,7 +101,7 @@ def place(tile, channel_blocks, position_blocks, CHANNELS_LAST):
     return (rest // channel_blocks).to(tl.int64), rest % channel_blocks, tile % position_blocks
 
 
-@triton.jit
+@triton.jit(do_not_specialize=PARTIAL_SIZES)
 def partial_kernel(x, means, squares, channels, positions, channel_blocks, chunks, CHANNELS_LAST: tl.constexpr,
                    UNIT: tl.constexpr, CHANNELS: tl.constexpr, POSITIONS: tl.constexpr,
                    TILES: tl.constexpr):  # fmt: skip
@@ -146,7 +153,7 @@ def group_statistics(means, squares, batch, group, channels, group_channels, pos
     return mean, tl.rsqrt(square / count + eps)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=MERGE_SIZES)
 def merge_kernel(means, squares, statistics, groups, group_channels, positions, chunks, chunk, eps,
                  BLOCK: tl.constexpr):  # fmt: skip
     """Into statistics [batch, groups, 2]: mean and 1 / standard deviation. Grid: batch * groups."""
@@ -160,7 +167,7 @@ def merge_kernel(means, squares, statistics, groups, group_channels, positions, 
     tl.store(statistics + at + 1, scale)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=APPLY_SIZES)
 def apply_kernel(x, means, squares, statistics, weight, bias, out, groups, group_channels, positions, channel_blocks,
                  position_blocks, chunks, chunk, eps, SILU: tl.constexpr, CHANNELS_LAST: tl.constexpr,
                  UNIT: tl.constexpr, CHANNELS: tl.constexpr, POSITIONS: tl.constexpr, PARTS: tl.constexpr):  # fmt: skip
@@ -394,21 +401,19 @@ def chunks_of(problem: GroupNormProblem, config: TileConfig) -> int:
     return -(-problem.positions // (config.tiles * config.positions))
 
 
-def specialised(
-    kernel: Any, types: dict[str, str], constants: dict[str, Any], warps: int, aligned: tuple[str, ...]
-) -> Compiled:
+def specialised(kernel: Any, types: dict[str, str], constants: dict[str, Any], warps: int) -> Compiled:
     """Pointers as in `types` (empty: None), sizes are int32, eps is fp32."""
     constants = constants | {name: None for name, kind in types.items() if not kind}
     pointers = {name: f"*{kind}" for name, kind in types.items() if kind}
     kinds = (
         {name: "i32" for name in kernel.arg_names} | {"eps": "fp32"} | pointers | dict.fromkeys(constants, "constexpr")
     )
-    return Compiled({name: kinds[name] for name in kernel.arg_names}, constants, warps, 1, (*pointers, *aligned))
+    return Compiled({name: kinds[name] for name in kernel.arg_names}, constants, warps, 1, tuple(pointers))
 
 
 def group_compiled(problem: GroupNormProblem, config: GroupNormConfig) -> Compiled:
     types = {"x": problem.dtype, "weight": problem.weight, "bias": problem.bias, "out": problem.dtype}
-    return specialised(group_norm_kernel, types, group_meta(problem, config), config.warps, ())
+    return specialised(group_norm_kernel, types, group_meta(problem, config), config.warps)
 
 
 FP32 = {"means": "fp32", "squares": "fp32"}
@@ -416,18 +421,18 @@ FP32 = {"means": "fp32", "squares": "fp32"}
 
 def partial_compiled(problem: GroupNormProblem, config: TileConfig) -> Compiled:
     types = {"x": problem.dtype, **FP32}
-    return specialised(partial_kernel, types, partial_meta(problem, config), config.warps, ())
+    return specialised(partial_kernel, types, partial_meta(problem, config), config.warps)
 
 
 def merge_compiled(problem: GroupNormProblem, config: MergeConfig) -> Compiled:
-    return specialised(merge_kernel, {**FP32, "statistics": "fp32"}, {"BLOCK": config.block}, config.warps, ())
+    return specialised(merge_kernel, {**FP32, "statistics": "fp32"}, {"BLOCK": config.block}, config.warps)
 
 
 def apply_compiled(problem: GroupNormProblem, config: TileConfig) -> Compiled:
     parts = parts_of(problem, config, chunks_of(problem, partial_heuristic(problem, 90)))
     made = dict.fromkeys(FP32, "") | {"statistics": "fp32"} if parts == 0 else FP32 | {"statistics": ""}
     types = {"x": problem.dtype, "weight": problem.weight, "bias": problem.bias, "out": problem.dtype, **made}
-    return specialised(apply_kernel, types, apply_meta(problem, config, parts), config.warps, ())
+    return specialised(apply_kernel, types, apply_meta(problem, config, parts), config.warps)
 
 
 def shipped() -> Iterator[GroupNormProblem]:

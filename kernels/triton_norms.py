@@ -82,7 +82,15 @@ def finished(y, weight, bias, scale, shift, batch, token, cols, seen, inside, sc
     return y
 
 
-@triton.jit
+STRIDES = ("x", "residual", "gate", "scale", "shift")
+SIZES = [
+    *("tokens", "channels", "blocks", "blocks_per_batch"),
+    *(f"{x}_{of}" for x in STRIDES for of in ("batch", "token")),
+]
+"""Triton would compile anew for each of them that is 1, or a multiple of 16, or neither. UNIT says what is needed."""
+
+
+@triton.jit(do_not_specialize=SIZES)
 def norm_kernel(x, residual, gate, weight, bias, scale, shift, out, total,
                 tokens, channels, blocks, blocks_per_batch, eps,
                 x_batch, x_token, residual_batch, residual_token, gate_batch, gate_token,
@@ -215,9 +223,6 @@ def prune(problem: NormProblem, config: NormConfig, sm: int) -> str | None:
     return None
 
 
-STRIDES = ("x", "residual", "gate", "scale", "shift")
-
-
 def compiled(problem: NormProblem, config: NormConfig) -> Compiled:
     p = problem
     kinds = {
@@ -237,9 +242,8 @@ def compiled(problem: NormProblem, config: NormConfig) -> Compiled:
     constants |= meta(problem, config)
     signature |= strides | {name: "constexpr" for name in constants}
     aligned = [name for name, kind in signature.items() if kind.startswith("*")]
-    sizes = ["channels", *strides] if p.unit == 16 else []
     ordered = {name: signature[name] for name in norm_kernel.arg_names}
-    return Compiled(ordered, constants, config.warps, config.stages, (*aligned, *sizes))
+    return Compiled(ordered, constants, config.warps, config.stages, tuple(aligned))
 
 
 def meta(problem: NormProblem, config: NormConfig) -> dict[str, Any]:

@@ -71,7 +71,16 @@ def one_of_two(x, weight, out, cos, sin, batch, token, head, tokens, heads, head
         tl.store(out + out_row + column, y.to(out.dtype.element_ty), mask=seen)
 
 
-@triton.jit
+OF_ANGLES = ("cos_batch", "cos_token", "cos_pair", "sin_batch", "sin_token", "sin_pair")
+OF_HEADS = ("q_batch", "q_head", "q_token", "k_batch", "k_head", "k_token")
+SIZES = [
+    *("tokens", "q_heads", "k_heads", "head_dim", "token_blocks", "q_blocks", "blocks", *OF_HEADS),
+    *("cos_batch", "cos_token", "sin_batch", "sin_token"),
+]
+"""Triton would compile anew for each of them that is 1, or a multiple of 16, or neither. UNIT says what is needed."""
+
+
+@triton.jit(do_not_specialize=SIZES)
 def rope_kernel(q, k, q_weight, k_weight, cos, sin, q_out, k_out, tokens, q_heads, k_heads, head_dim, token_blocks,
                 q_blocks, blocks, eps, q_batch, q_head, q_token, k_batch, k_head, k_token, cos_batch, cos_token,
                 cos_pair, sin_batch, sin_token, sin_pair, ROTATION: tl.constexpr, UNIT: tl.constexpr,
@@ -157,10 +166,6 @@ def meta(problem: RopeProblem, config: RopeConfig) -> dict[str, Any]:
     }
 
 
-OF_ANGLES = ("cos_batch", "cos_token", "cos_pair", "sin_batch", "sin_token", "sin_pair")
-OF_HEADS = ("q_batch", "q_head", "q_token", "k_batch", "k_head", "k_token")
-
-
 def compiled(problem: RopeProblem, config: RopeConfig) -> Compiled:
     """For angles whose last dimension is contiguous."""
     p = problem
@@ -173,13 +178,7 @@ def compiled(problem: RopeProblem, config: RopeConfig) -> Compiled:
     kinds |= dict.fromkeys((*OF_ANGLES, *OF_HEADS), "i64") | {name: f"*{kind}" for name, kind in types.items()}
     kinds |= dict.fromkeys(constants, "constexpr")
     pointers = tuple(name for name, kind in kinds.items() if kind.startswith("*"))
-    sizes = ("head_dim", *OF_HEADS) if p.unit == 16 else ()
-    steps = tuple(
-        n for n in ("cos_batch", "cos_token", "sin_batch", "sin_token") if p.rotation and p.head_dim % 32 == 0
-    )
-    return Compiled(
-        {name: kinds[name] for name in rope_kernel.arg_names}, constants, config.warps, 1, (*pointers, *sizes, *steps)
-    )
+    return Compiled({name: kinds[name] for name in rope_kernel.arg_names}, constants, config.warps, 1, pointers)
 
 
 def shipped() -> Iterator[RopeProblem]:
