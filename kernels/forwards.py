@@ -16,6 +16,7 @@ import re
 import textwrap
 import types
 import zlib
+from collections import ChainMap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -110,8 +111,11 @@ class Scope:
         function = unwrapped(function)
         own = {a.arg for a in ast.walk(tree.args) if isinstance(a, ast.arg)}
         free = inspect.getclosurevars(function).nonlocals if function.__closure__ else {}
-        names = {**vars(builtins), **function.__globals__, **free}
-        return cls(roots, names, frozenset(writes(tree) | own - set(roots)))
+        return cls(
+            roots,
+            ChainMap(dict(free), function.__globals__, vars(builtins)),
+            frozenset(writes(tree) | own - set(roots)),
+        )
 
     def resolve(self, node: ast.expr) -> Any:
         """The object that `self.norm1`, `attn.to_out[0]` or `F.silu` stands for; UNKNOWN for anything else."""

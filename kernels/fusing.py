@@ -21,8 +21,9 @@ from optimize.errors import InputError
 
 from . import served
 from .forwards import DeclinedError, compiled, read
-from .recognise import BOUND, norm_kind, untouched
-from .rewrites import Site, declined, rewritten
+from .recognise import BOUND, norm_kind
+from .rewrites import declined, rewritten
+from .rules import Site
 from .select import Impl, check_impl
 
 RECIPE = "_fused_recipe"  # of a fused class
@@ -128,12 +129,13 @@ def empty(recipe: Recipe) -> Any:
 # --- one module ------------------------------------------------------------------------------------------------------
 
 
-def of_norm(module: nn.Module, kind: str, path: str, impl: str) -> tuple[Recipe, list[Site]]:
+def of_norm(module: nn.Module, kind: str, path: str, impl: str) -> tuple[Recipe | None, list[Site]]:
     """A norm that is called as a module, by whatever calls it."""
-    tree = read(type(module).forward, bare=False)
-    argument = tree.args.args[1].arg
-    body = NORM_BODIES[kind].format(x=argument, impl=impl)
     plain = kind.removesuffix("_as_weight")
+    if "forward" in module.__dict__:
+        return None, [Site(path, plain, why=BOUND)]
+    argument = read(type(module).forward, bare=False).args.args[1].arg
+    body = NORM_BODIES[kind].format(x=argument, impl=impl)
     return Recipe(type(module), f"def forward(self, {argument}):\n    return {body}"), [Site(path, plain, plain)]
 
 
@@ -179,10 +181,12 @@ def of_module(module: nn.Module, path: str, paths: Mapping[int, str], impl: str)
 
 def of_attention(module: nn.Module, path: str, paths: Mapping[int, str], impl: str) -> tuple[Recipe | None, list[Site]]:
     try:
-        untouched(module)
-        return of_processor(module, path, paths, impl)
+        recipe, sites = of_processor(module, path, paths, impl)
     except DeclinedError as e:
         return None, [Site(path, "attention", why=str(e))]
+    if recipe is not None and "forward" in module.__dict__:
+        return None, declined(sites, BOUND)
+    return recipe, sites
 
 
 def of_block(module: nn.Module, path: str, paths: Mapping[int, str], impl: str) -> tuple[Recipe | None, list[Site]]:

@@ -100,7 +100,6 @@ def norm_kind(module: object) -> str | None:
         if any(True for _ in module.children()) or not name.lower().endswith("norm"):
             return None
         raise DeclinedError(f"{name} is written as no norm that is known: needs a layer, group or RMS norm")
-    untouched(module)
     if eps_of(module) is None:
         raise DeclinedError("its eps is None, which every version of torch reads anew: needs a number")
     shape: Any = getattr(module, "normalized_shape", None) or getattr(getattr(module, "weight", None), "shape", (1,))
