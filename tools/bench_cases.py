@@ -14,7 +14,7 @@ ALL = ("ours", "ours-gated", "dynamo", "dynamo-opset23", "torchscript", "optimum
 
 @dataclass(frozen=True)
 class Case:
-    """A U-Net, the sides that export it, and the sizes (images in pixels) at which ONNX Runtime is timed."""
+    """A denoiser, the sides that export it, and the sizes (images in pixels) at which ONNX Runtime is timed."""
 
     what: str
     config: Mapping[str, Any] = field(default_factory=dict)
@@ -24,6 +24,7 @@ class Case:
     ratios: tuple[bench_record.Ratio, ...] = bench_record.EXPORTS
     runs: int = 3
     memory: int | None = None
+    class_name: str = "UNet2DConditionModel"
 
 
 UNET_220M = {"block_out_channels": (160, 320, 640, 640), "cross_attention_dim": 768, "attention_head_dim": 8}
@@ -44,6 +45,15 @@ CASES: Mapping[str, Case] = {
         sides=("ours", "ours-gated"),
         ratios=bench_record.MEMORY,
         memory=3 << 29,
+    ),
+    "flux-bf16": Case(
+        "the 12B transformer of FLUX.1 in bf16: memory",
+        ARCHITECTURES["flux-dev-transformer"].values(),
+        "bf16",
+        sides=("ours", "ours-gated"),
+        ratios=bench_record.FLUX,
+        memory=4 << 30,
+        class_name="FluxTransformer2DModel",
     ),
     "help": Case("what it costs to ask for help", sides=(), ratios=bench_record.COMMAND),
 }

@@ -87,9 +87,9 @@ class Ready:
 
 def ready(bench: Bench) -> Ready:
     """Makes the model's folder where it is not there, and eager's answer where somebody will ask for it."""
-    model = bench.work / f"model-{bench.name}" / "unet"
+    model = bench.work / f"model-{bench.name}" / "network"
     facts = bench.worker(
-        "prepare", bench.work / "prepare", model=str(model), class_name="UNet2DConditionModel", config=bench.case.config
+        "prepare", bench.work / "prepare", model=str(model), class_name=bench.case.class_name, config=bench.case.config
     )
     sizes = {"untraced": facts["sizes"]["untraced"], "latency": bench.case.latency}
     reference = ""
@@ -204,7 +204,7 @@ def record_of(bench: Bench, skipped: Mapping[str, str]) -> dict[str, Any]:
 
 def model_record(bench: Bench, known: Ready) -> dict[str, Any]:
     return {
-        "class": "UNet2DConditionModel",
+        "class": bench.case.class_name,
         "config": bench.case.config,
         "precision": bench.case.precision,
         "parameters": known.facts["parameters"],

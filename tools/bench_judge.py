@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import statistics
 import time
@@ -16,14 +17,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from optimize.compile.feeds import feeds_for
-from optimize.compile.runners import EagerRunner, OnnxRuntimeRunner, loaded_module
+from optimize.compile.runners import EagerRunner, OnnxRuntimeRunner
 from optimize.compile.sources import components_of_network, full_config, make_module, source_from_text
 from optimize.compile.spec import Component, dim_terms
+from optimize.compile.trace import cast
 from optimize.compile.weights import RandomWeights
 from optimize.profiles import parity
 from optimize.tools.bench_workers import Job
 
 THREADS = (1, 2)
+SHARD_BYTES = 1 << 30
 
 
 def prepare(job: Job) -> dict[str, Any]:
@@ -33,8 +36,7 @@ def prepare(job: Job) -> dict[str, Any]:
         config = full_config("diffusers", job.class_name, job.config)
         make = partial(make_module, "diffusers", job.class_name, job.config)
         (component,) = components_of_network(folder.name, job.class_name, config, make, RandomWeights())
-        module: Any = loaded_module(component, job.precision)
-        module.save_pretrained(folder)
+        write_folder(component, job.precision, config, folder)
     component = component_of(job)
     sizes = component.shape_sets()
     inputs = {
@@ -45,7 +47,7 @@ def prepare(job: Job) -> dict[str, Any]:
         }
         for t in component.inputs
     }
-    (sample,) = (t for t in component.inputs if t.name == "sample")  # a U-Net's output varies as its first input does
+    sample = component.inputs[0]  # the output of a denoiser varies as its first input does
     outputs = {name: {"axes": axes_of(component, sample.shape)} for name in component.outputs}
     return {
         "inputs": inputs,
@@ -56,11 +58,32 @@ def prepare(job: Job) -> dict[str, Any]:
     }
 
 
+def write_folder(component: Component, precision: str, config: Mapping[str, Any], folder: Path) -> None:
+    """The folder that `save_pretrained` would write, in shards, without the model ever being in memory."""
+    module = cast(component.build(), precision)
+    weights, slots = component.weights.bind(module), list(module.state_dict(keep_vars=True).items())
+    shards: list[list[tuple[str, torch.Tensor]]] = [[]]
+    for name, slot in slots:
+        if sum(t.nbytes for _, t in shards[-1]) > SHARD_BYTES:
+            shards.append([])
+        shards[-1].append((name, slot))
+    folder.mkdir(parents=True, exist_ok=True)
+    stem, where = "diffusion_pytorch_model", dict[str, str]()
+    for i, shard in enumerate(shards, 1):
+        file = f"{stem}-{i:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else f"{stem}.safetensors"
+        save_file({n: weights.tensor(n).to(slot.dtype) for n, slot in shard}, folder / file, {"format": "pt"})
+        where |= {n: file for n, _ in shard}
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": sum(t.nbytes for _, t in slots)}, "weight_map": where}
+        (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "config.json").write_text(json.dumps({**config, "_class_name": component.class_name}, default=str))
+
+
 def axes_of(component: Component, shape: tuple[int | str, ...]) -> dict[int, tuple[str, int]]:
     """Dimension -> (axis, what its size is a multiple of), for those that vary."""
     found = {}
     for i, dim in enumerate(shape):
-        if isinstance(dim, str):
+        if isinstance(dim, str) and len(dim_terms(dim)) == 1:
             ((name, divisor),) = dim_terms(dim)
             found[i] = (name, component.axes[name].step // divisor)
     return found

@@ -93,7 +93,7 @@ def model_from_file(path: Path) -> ir.Model:
 
 
 def graph_from_file(path: Path, name: str, said: Mapping[str, Any] | None = None) -> Graph:
-    """What the file says. `said`: what the manifest says of it, `declined` by the clean-up, `fusions` by our kernels."""
+    """What the file says. `said`: what the manifest says of it, `declined` by the clean-up, `fusions` by kernels."""
     model = model_from_file(path)
     infer_types(model)
     nodes = list(model.graph.all_nodes())
