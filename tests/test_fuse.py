@@ -273,7 +273,7 @@ class SumIsChanged(Block):
     def forward(self, x, s, t):
         x = x + self.proj(x)
         if x.ndim == 3:
-            x = x * 2
+            x = x + t
         x = self.norm(x)
         return x
 
@@ -286,6 +286,19 @@ class GateIsReadAgain(Block):
         x = x + y
         n = self.norm(x)
         return n + y + x
+
+
+class GatedSum(Block):
+    def forward(self, x, s, t):
+        gate = s
+        y = self.proj(x)
+        y = y * gate
+        x = y + x
+        if x.ndim == 4:
+            x = x.squeeze(1)
+        n = self.norm(x)
+        n = n * (1 + t) + s
+        return n + x
 
 
 class InputChangesBetween(Block):
@@ -340,7 +353,17 @@ class Switched(Block):
 
 
 @pytest.mark.parametrize(
-    "cls", [NormIsReadAgain, SumIsChanged, GateIsReadAgain, InputChangesBetween, LoopReadsOn, OfAnotherNorm, Switched]
+    "cls",
+    [
+        NormIsReadAgain,
+        SumIsChanged,
+        GateIsReadAgain,
+        GatedSum,
+        InputChangesBetween,
+        LoopReadsOn,
+        OfAnotherNorm,
+        Switched,
+    ],
 )
 def test_a_rewritten_forward_computes_what_it_did(cls):
     torch.manual_seed(0)
@@ -364,6 +387,8 @@ def test_what_a_rule_needs_is_looked_at():
     assert kinds(Switched) == {"layer_norm", "modulation", "swiglu"}
     (site,) = [s for s in fuse(GateIsReadAgain().eval()).sites if s.kind == "residual+norm"]
     assert site.into == "add_layer_norm"  # without the gate
+    (site,) = [s for s in fuse(GatedSum().eval()).sites if s.kind == "residual+norm"]
+    assert site.into == "add_layer_norm+gate+modulation"
     (site,) = [s for s in fuse(OfAnotherNorm().eval()).sites if s.path == "norm"]
     assert "OnePlusWeightNorm" in site.why
 
