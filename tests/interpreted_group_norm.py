@@ -98,8 +98,8 @@ def test_a_view_that_is_in_no_format(passes: str, within_budget: Budget) -> None
     check(within_budget, drawn(2, 24, 10, 10, dtype=torch.float16, last=True)[:, :12], 3)
 
 
-def forced(first: TileConfig, second: TileConfig) -> Callable[..., object]:
-    configs = {PARTIAL.name: first, APPLY.name: second, MERGE.name: MergeConfig(32, 1)}
+def forced(first: TileConfig, second: TileConfig, merge: int = 32) -> Callable[..., object]:
+    configs = {PARTIAL.name: first, APPLY.name: second, MERGE.name: MergeConfig(merge, 1)}
 
     def config_for(kernel: Kernel, problem: object, device: object) -> object:
         return configs[kernel.name]
@@ -145,10 +145,15 @@ def test_a_large_mean_does_not_cancel(last: bool, passes: str) -> None:
     assert error.abs().max() < 2e-3  # half a unit of x is 2.4e-4
 
 
-def test_chunks_of_unequal_means(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Chunks whose means are 1000 apart: the merge has to add the differences between them, not only within them."""
+@pytest.mark.parametrize("tiles", (1, 3))
+@pytest.mark.parametrize("parts", (1024, 0), ids=("merged by each", "merged between"))
+def test_chunks_of_unequal_means(tiles: int, parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles whose means are 1000 apart: each merge has to add the differences between them, not only within them."""
     monkeypatch.setattr(triton_group_norm, "ONE_PASS", 0)
-    monkeypatch.setattr(triton_group_norm, "config_for", forced(TileConfig(1, 16, 1, 1), TileConfig(1, 32, 1)))
+    monkeypatch.setattr(triton_group_norm, "PARTS", parts)
+    monkeypatch.setattr(
+        triton_group_norm, "config_for", forced(TileConfig(1, 16, 1, tiles), TileConfig(1, 32, 1), merge=4)
+    )
     x = drawn(1, 4, 7, 16, dtype=torch.float32) + 1000 * torch.arange(7.0)[:, None]
     error = launch(x, 2, None, None, 1e-5, "").double() - truth_of(x, 2, None, None, 1e-5, False)
     assert error.abs().max() < 1e-6
