@@ -146,18 +146,21 @@ def resources(cubin: bytes) -> dict[str, int]:
 
 
 def built(job: Job) -> Built:
-    """Compiles one job with the heuristic's config."""
     kernel = kernel_of(job.kernel)
-    problem = kernel.shipped[job.index]
-    config = kernel.heuristic(problem, job.sm)
+    return built_for(kernel, kernel.shipped[job.index], job.sm)
+
+
+def built_for(kernel: Kernel[Any, Any], problem: Any, sm: int) -> Built:
+    """Compiled with the heuristic's config."""
+    config = kernel.heuristic(problem, sm)
     code = kernel.compiled(problem, config)
-    binary = compiled_for(kernel, code, job.sm)
+    binary = compiled_for(kernel, code, sm)
     passed = tuple((name, kind) for name, kind in code.signature.items() if kind != "constexpr")
     return Built(
         kernel=kernel.name,
         problem=dataclasses.asdict(problem),
         config=dataclasses.asdict(config),
-        sm=job.sm,
+        sm=sm,
         entry=binary.metadata.name,
         cubin=binary.asm["cubin"],
         shared_bytes=binary.metadata.shared,
