@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .fusing import Report as Report
     from .fusing import fuse as fuse
     from .fusing import unfuse as unfuse
+    from .native_library import ort_library as ort_library
     from .ops import attention as attention
     from .ops import geglu as geglu
     from .ops import group_norm as group_norm
@@ -27,6 +28,7 @@ WHERE = {
     "geglu": "ops",
     "group_norm": "ops",
     "layer_norm": "ops",
+    "ort_library": "native_library",
     "qk_norm_rope": "ops",
     "rms_norm": "ops",
     "swiglu": "ops",
@@ -39,6 +41,7 @@ __all__ = [
     "geglu",
     "group_norm",
     "layer_norm",
+    "ort_library",
     "qk_norm_rope",
     "rms_norm",
     "swiglu",
