@@ -28,4 +28,5 @@ demo: $(READY)
 
 gpu: $(READY)
 	$(BIN)/python -c "import torch, sys; sys.exit(0 if torch.cuda.is_available() else 'skipped: needs a GPU')"
-	$(BIN)/python -m pytest -m gpu
+	$(BIN)/python -m pytest tests/test_gpu.py tests/interpreted_*.py
+	$(BIN)/python tools/bench_kernels.py --tune --family attention --family norms --family group-norms --family blocks --table

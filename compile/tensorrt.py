@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from optimize.errors import GateError, InputError, MissingError, OptimizeError
+from optimize.kernels.functions import DOMAIN
 
 Shape = tuple[int, ...]
 Profile = tuple[Shape, Shape, Shape]
@@ -242,13 +243,16 @@ def _parser_error(error: Any) -> str:
     return " ".join([f'{error.node_operator()} node "{error.node_name() or error.node()}"', *functions]) + f": {text}"
 
 
+ATTENTIONS = {("", "Attention"), (DOMAIN, "Attention"), (DOMAIN, "AttentionBias")}
+
+
 def _refuse_shared_queries(onnx_path: Path) -> None:
     """TensorRT-RTX 1.7.1 kills the process where attentions scale one query or key tensor alike: say so instead."""
     import onnx
 
     users: dict[tuple[str, float | None], list[str]] = {}
     for node in onnx.load(onnx_path, load_external_data=False).graph.node:
-        if (node.domain, node.op_type) == ("", "Attention"):
+        if (node.domain, node.op_type) in ATTENTIONS:
             scale = next((attribute.f for attribute in node.attribute if attribute.name == "scale"), None)
             for name in node.input[:2]:
                 users.setdefault((name, scale), []).append(node.name)

@@ -2,7 +2,7 @@
 
 import fcntl
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +32,18 @@ def demo_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
         optimize.export("demo", root / "demo")
         optimize.export("demo", root / "demo", components=["text_encoder"], precisions=["fp16"])
     return root / "demo"
+
+
+@pytest.fixture
+def on_the_device() -> Iterator[None]:
+    """New tensors are on the GPU, where there is one and Triton does not interpret: the same tests prove the kernels
+    there (`make gpu`)."""
+    import torch
+
+    from optimize.kernels.select import interpreting
+
+    with torch.device("cpu" if interpreting() or not torch.cuda.is_available() else "cuda"):
+        yield
 
 
 @pytest.fixture

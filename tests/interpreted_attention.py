@@ -12,6 +12,12 @@ from optimize import kernels
 from optimize.kernels import reference, triton_attention, tuning
 from optimize.kernels.select import interpreting
 
+pytestmark = [
+    pytest.mark.skipif(
+        not interpreting() and not torch.cuda.is_available(), reason="needs TRITON_INTERPRET=1, or a GPU"
+    ),
+    pytest.mark.usefixtures("on_the_device"),
+]
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 FLOOR = {FP32: 2e-7, FP16: 3e-4, BF16: 2.4e-3}
 """Relative L2 error of a result that is exact and then rounded to its type (2^-24, 2^-11 and 2^-8 over about the square
@@ -190,7 +196,3 @@ def test_every_config_gives_the_same(block_m: int, block_n: int, pack: bool, mon
     monkeypatch.setattr(triton_attention, "config_for", lambda kernel, problem, device: config)
     got = triton_attention.launch(q, k, v, bias, True, 40**-0.5)
     assert relative(got, exact(q, k, v, bias, True, 40**-0.5)) <= 2 * FLOOR[FP32]
-
-
-def test_this_is_the_interpreter() -> None:
-    assert interpreting()

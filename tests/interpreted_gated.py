@@ -13,8 +13,10 @@ from optimize.kernels.select import interpreting
 from optimize.kernels.triton_gated import GatedConfig, launch
 
 pytestmark = [
-    pytest.mark.skipif(not interpreting(), reason="needs TRITON_INTERPRET=1"),
-    pytest.mark.usefixtures("poisoned"),
+    pytest.mark.skipif(
+        not interpreting() and not torch.cuda.is_available(), reason="needs TRITON_INTERPRET=1, or a GPU"
+    ),
+    pytest.mark.usefixtures("on_the_device", "poisoned"),
     pytest.mark.filterwarnings("ignore:overflow encountered in exp"),  # of a sigmoid that is 0
 ]
 TYPES = (torch.float32, torch.float16, torch.bfloat16)

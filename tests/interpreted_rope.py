@@ -13,8 +13,10 @@ from optimize.kernels.select import interpreting
 from optimize.kernels.triton_rope import RopeConfig, launch
 
 pytestmark = [
-    pytest.mark.skipif(not interpreting(), reason="needs TRITON_INTERPRET=1"),
-    pytest.mark.usefixtures("poisoned"),
+    pytest.mark.skipif(
+        not interpreting() and not torch.cuda.is_available(), reason="needs TRITON_INTERPRET=1, or a GPU"
+    ),
+    pytest.mark.usefixtures("on_the_device", "poisoned"),
 ]
 TYPES = (torch.float32, torch.float16, torch.bfloat16)
 Budget = Callable[[Tensor, Tensor, Tensor], None]
