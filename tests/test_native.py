@@ -285,7 +285,8 @@ def test_qk(op: str, interleaved: bool, tokens: int, head_dim: int, angles: int,
     turn = [cos, sin] if op != "QKNorm" else []
     attributes = ({"epsilon": 1e-6} if weights else {}) | ({"interleaved": int(interleaved)} if turn else {})
     got = native(op, [q, k, *weights, *turn], 2, **attributes)
-    check(got, reference.qk_norm_rope, q, k, *(weights or [None, None]), *(turn or [None, None]), got_scale(1e-6), interleaved)  # fmt: skip
+    both = [*(weights or [None, None]), *(turn or [None, None])]
+    check(got, reference.qk_norm_rope, q, k, *both, got_scale(1e-6), interleaved)
 
 
 @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "silu"])
