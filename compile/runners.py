@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
+import functools
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -19,10 +18,10 @@ from optimize.kernels.functions import DOMAIN
 
 from .onnx_model import same_as
 from .spec import Component
+from .streaming import DivergedError, groups_of, return_large_blocks, run_together, set_tensor, streamed_module
 from .trace import cast
 
 Feeds = Mapping[str, torch.Tensor]
-M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 
 
 class Runner(Protocol):
@@ -57,15 +56,6 @@ def loaded_module(component: Component, precision: str) -> torch.nn.Module:
             made[source] = weights.tensor(source).to(slot.dtype).reshape(slot.shape).contiguous()
         set_tensor(module, name, made[source])
     return module
-
-
-def set_tensor(module: torch.nn.Module, name: str, value: torch.Tensor) -> None:
-    path, _, last = name.rpartition(".")
-    child = module.get_submodule(path)
-    if last in child._parameters:
-        child._parameters[last] = torch.nn.Parameter(value, requires_grad=False)
-    else:
-        child._buffers[last] = value
 
 
 class HalfProducts(TorchFunctionMode):
@@ -120,49 +110,26 @@ class EagerRunner:
 
     def infer(self, feeds: Feeds) -> dict[str, torch.Tensor]:
         assert self._module is not None, "use the runner in a with statement"
+        return self.called(self._module, feeds)
+
+    def infer_all(self, feeds: Sequence[Feeds]) -> list[dict[str, torch.Tensor]]:
+        """`infer` of each. Streamed runs go together, so that each weight is read once for all of them."""
+        if not self.streamed or len(feeds) < 2:
+            return [self.infer(f) for f in feeds]
+        results: list[dict[str, torch.Tensor]] = []
+        for group in groups_of(feeds):
+            calls = [functools.partial(self.called, feeds=f) for f in group]
+            try:
+                results += run_together(self.component, self.precision, calls)
+            except DivergedError:
+                results += [self.infer(f) for f in group]
+        return results
+
+    def called(self, module: torch.nn.Module, feeds: Feeds) -> dict[str, torch.Tensor]:
         check_names(feeds, [t.name for t in self.component.inputs])
         with torch.inference_mode(), HalfProducts():
-            outputs = self._module(*(feeds[t.name] for t in self.component.inputs))
+            outputs = module(*(feeds[t.name] for t in self.component.inputs))
         return dict(zip(self.component.outputs, outputs, strict=True))
-
-
-def return_large_blocks() -> None:
-    """Freed blocks of a megabyte and more go back to the system at once. glibc raises that limit to 32 MB by itself,
-    and weights that come and go then leave holes: SDXL's U-Net, streamed, grew to 4.0 GB; so it stays at 0.7."""
-    with contextlib.suppress(AttributeError, OSError):  # another libc has no such habit
-        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 20)
-
-
-def streamed_module(component: Component, precision: str) -> torch.nn.Module:
-    """The module on meta, with hooks that bring each submodule's own tensors in before it runs and drop them after."""
-    module = cast(component.build(), precision)
-    weights = component.weights.bind(module)
-    tied = same_as(module)
-    checkpoint = {name: tensor.dtype for name, tensor in module.state_dict(keep_vars=True).items()}
-    for prefix, child in module.named_modules():
-        own = [n for n in (*child._parameters, *child._buffers) if f"{prefix}.{n}".lstrip(".") in checkpoint]
-        shapes = {n: slot.shape for n in own if (slot := child._parameters.get(n, child._buffers.get(n))) is not None}
-        if not shapes:
-            continue
-
-        def load(child: torch.nn.Module, _: Any, prefix: str = prefix, shapes: Any = shapes) -> None:
-            for n, shape in shapes.items():
-                full = f"{prefix}.{n}".lstrip(".")
-                set_tensor(child, n, weights.tensor(tied.get(full, full)).to(checkpoint[full]).reshape(shape))
-
-        def drop(child: torch.nn.Module, *_: Any, shapes: Any = shapes) -> None:
-            for n, shape in shapes.items():
-                old = child._parameters[n] if n in child._parameters else child._buffers[n]
-                assert old is not None
-                set_tensor(child, n, torch.empty(shape, dtype=old.dtype, device="meta"))
-
-        if child is module or not list(child.children()):
-            child.register_forward_pre_hook(load)
-            child.register_forward_hook(drop)
-        else:  # parameters beside submodules (a position table) stay for as long as the module that uses them
-            child.register_forward_pre_hook(load)
-            child.register_forward_hook(drop)
-    return module
 
 
 # --- ONNX Runtime ----------------------------------------------------------------------------------------------------

@@ -56,31 +56,33 @@ def references(
     Below fp32 two errors are compared, and with few numbers their ratio is noise: outputs with fewer than `MANY`
     numbers are drawn up to `draws` times.
     """
-    cases: list[tuple[str, Sizes, Tensors]] = []
-    exact: list[Tensors] = []
     say("eager fp32")
+    sets = component.shape_sets()
+
+    def drawn(name: str, seed: int) -> tuple[str, Sizes, Tensors]:
+        return name, sets[name], feeds_for(component.inputs, sets[name], precision, seed)
+
     with EagerRunner(component, "fp32", streamed=streamed) as eager:
-        for name, sizes in component.shape_sets().items():
-            seed, seeds = 0, 1
-            while seed < seeds:
-                feeds = feeds_for(component.inputs, sizes, precision, seed)
-                cases.append((name, sizes, feeds))
-                exact.append(eager.infer(widened(feeds)))
-                if precision != "fp32":
-                    seeds = min(draws, math.ceil(MANY / min(t.numel() for t in exact[-1].values())))
-                seed += 1
-    own: list[Tensors | None] = [None] * len(cases)
+        cases = [drawn(name, 0) for name in sets]
+        exact = eager.infer_all([widened(feeds) for _, _, feeds in cases])
+        if precision != "fp32":
+            least = {name: min(t.numel() for t in out.values()) for (name, _, _), out in zip(cases, exact, strict=True)}
+            more = [drawn(name, seed) for name in sets for seed in range(1, min(draws, math.ceil(MANY / least[name])))]
+            cases += more
+            exact += eager.infer_all([widened(feeds) for _, _, feeds in more])
+    own: Sequence[Tensors | None] = [None] * len(cases)
     if precision != "fp32":
         say(f"eager {precision}")
         with EagerRunner(component, precision, streamed=streamed) as eager:
-            own = [eager_or_gate(eager, feeds) for _, _, feeds in cases]
-    return [Reference(*case, e, o) for case, e, o in zip(cases, exact, own, strict=True)]
+            own = eager_or_gate(eager, [feeds for _, _, feeds in cases])
+    found = [Reference(*case, e, o) for case, e, o in zip(cases, exact, own, strict=True)]
+    return sorted(found, key=lambda r: list(sets).index(r.name))
 
 
-def eager_or_gate(eager: EagerRunner, feeds: Tensors) -> Tensors:
+def eager_or_gate(eager: EagerRunner, feeds: Sequence[Tensors]) -> Sequence[Tensors]:
     """Eager's outputs; GateError where the model itself cannot run in this precision."""
     try:
-        return eager.infer(feeds)
+        return eager.infer_all(feeds)
     except RuntimeError as e:
         raise GateError(
             f"{eager.component.name} cannot run in {eager.precision} even in eager mode",
