@@ -103,11 +103,12 @@ def jobs(kernels: Iterable[str] = KERNELS, sms: Iterable[int] = SMS) -> Iterator
 # --- compiling -------------------------------------------------------------------------------------------------------
 
 
-def compiled_for(kernel: Kernel[Any, Any], code: Compiled, sm: int) -> Any:
-    """Triton's compiled kernel, by Triton's own cache on disk."""
+def compiled_for(jit: Any, code: Compiled, sm: int) -> Any:
+    """Triton's compiled kernel, by Triton's own cache on disk. `jit`: a function of Triton or of Gluon."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
 
     if interpreting():
         raise InputError(
@@ -116,8 +117,8 @@ def compiled_for(kernel: Kernel[Any, Any], code: Compiled, sm: int) -> Any:
             mend="unset it, in a new process",
         )
     places = {name: (i,) for i, name in enumerate(code.signature)}
-    source = ASTSource(
-        kernel.jit,
+    source = (GluonASTSource if jit.is_gluon() else ASTSource)(
+        jit,
         dict(code.signature),
         {places[name]: value for name, value in code.constants.items()},
         {places[name]: [["tt.divisibility", 16]] for name in code.divisible_by_16},
@@ -154,7 +155,7 @@ def built_for(kernel: Kernel[Any, Any], problem: Any, sm: int) -> Built:
     """Compiled with the heuristic's config."""
     config = kernel.heuristic(problem, sm)
     code = kernel.compiled(problem, config)
-    binary = compiled_for(kernel, code, sm)
+    binary = compiled_for(kernel.jit, code, sm)
     passed = tuple((name, kind) for name, kind in code.signature.items() if kind != "constexpr")
     return Built(
         kernel=kernel.name,

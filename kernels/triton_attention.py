@@ -23,9 +23,11 @@ from .kernel import LIMITS, Compiled, Kernel, next_power_of_2
 from .layout import BYTES, TYPES, bucket, type_of, unit_of
 from .ops import heads_last
 from .triton_common import multiple
-from .tuning import config_for, interpretable
+from .tuning import config_for, interpretable, sm_of
 
 LOG2E = tl.constexpr(1.4426950408889634)
+ALSO = ("gluon_attention.py",)
+"""What a measured config may name besides this kernel: its source counts too."""
 FINEST = 16
 """The least width of a chunk and of a block: what the tensor cores multiply at once."""
 SHORT = 128
@@ -59,9 +61,10 @@ def chunk(pointer, rows, cols, col_stride, seen, HEAD: tl.constexpr, START: tl.c
 @triton.jit
 def biased(scores, bias, bias_rows, row_seen, start, n, seen, bias_key, scale, KIND: tl.constexpr,
            ONE_ROW: tl.constexpr, EDGE: tl.constexpr):  # fmt: skip
-    """Scaled scores, in natural units where a bias is added and in base 2 where not, and a key that is not seen at
-    -inf. KIND: 0 none, 1 added, 2 boolean. ONE_ROW: the bias is the same for all rows."""
-    scores = scores * scale if KIND == 1 else scores * (scale * LOG2E)
+    """Scores with the bias: scaled where it is added, as they are where not; -inf for a key that is not seen.
+    KIND: 0 none, 1 added, 2 boolean. ONE_ROW: the bias is the same for all rows."""
+    if KIND == 1:
+        scores = scores * scale
     if KIND != 0:
         where = bias + (start + n).to(tl.int64)[None, :] * bias_key
         if ONE_ROW:
@@ -103,12 +106,14 @@ def step(m, total, acc0, acc1, q0, q1, k, v, k_rows, v_rows, bias, bias_rows, ro
     top = best
     if KIND != 0:  # a row that has seen no key yet: -inf - -inf is not a number
         top = tl.where(best == -float("inf"), 0.0, best)
-    unit = LOG2E if KIND == 1 else 1.0  # a large negative bias must not overflow, so it is scaled as a difference
-    p = tl.exp2((scores - top[:, None]) * unit)
+    if KIND == 1:  # a large negative bias must not overflow, so the difference is scaled
+        p = tl.exp2((scores - top[:, None]) * LOG2E)
+    else:  # one multiply-add for each score
+        p = tl.exp2(scores * (scale * LOG2E) - (top * (scale * LOG2E))[:, None])
     if FIRST:
         total = tl.sum(p, 1)
     else:
-        shrunk = tl.exp2((m - top) * unit)
+        shrunk = tl.exp2((m - top) * (LOG2E if KIND == 1 else scale * LOG2E))
         total = total * shrunk + tl.sum(p, 1)
         acc0 = acc0 * shrunk[:, None]
     v0 = chunk(v, v_rows, cols0, v_dim, seen, HEAD, 0, D0, EDGE)
@@ -244,6 +249,7 @@ class AttentionConfig:
     warps: int
     stages: int
     pack: bool = False  # rows are the queries of all heads of a group
+    parts: int = 0  # 0 this kernel; 1 or 2 that of gluon_attention, on sm_90, where a table names it
 
 
 def chunks(head_dim: int) -> tuple[int, int]:
@@ -294,6 +300,9 @@ def space(problem: AttentionProblem, sm: int) -> Iterator[AttentionConfig]:
                 for stages in (1, 2, 3, 4):
                     for pack in (False, True):
                         yield AttentionConfig(block_m, block_n, warps, stages, pack)
+    for block_n in (64, 128):
+        for stages in (2, 3, 4):
+            yield from (AttentionConfig(128, block_n, 8, stages, parts=parts) for parts in (1, 2))
 
 
 def shared_bytes(problem: AttentionProblem, config: AttentionConfig, sm: int) -> int:
@@ -319,6 +328,10 @@ def prune(problem: AttentionProblem, config: AttentionConfig, sm: int) -> str | 
 def reasons(problem: AttentionProblem, config: AttentionConfig, sm: int) -> Iterator[str]:
     limits, rows = LIMITS[sm], problem.queries * (problem.group if config.pack else 1)
     threads, width = 32 * config.warps, sum(chunks(problem.head_dim))
+    if config.parts and (sm != 90 or problem.dtype == "fp32" or problem.head_dim not in (64, 128) or problem.bias):
+        yield "the Gluon kernel takes heads of 64 and 128 in half precision, without a bias, on sm_90"
+    if config.parts and (problem.unit < 8 or config.block_m != 128 or config.warps != 8 or config.pack):
+        yield "the Gluon kernel takes 16-byte strides, and blocks of 128 rows by 8 warps"
     if config.pack and problem.group == 1:
         yield "no group of heads to pack"
     if config.block_m > max(FINEST, next_power_of_2(rows)):
@@ -412,12 +425,19 @@ def problem_of(q: Tensor, k: Tensor, bias: Tensor | None, causal: bool, unit: in
 @interpretable
 def launch(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, scale: float) -> Tensor:
     """As `reference.attention`; the arguments are checked. Any strides, 64-bit offsets."""
-    if scale < 0:  # the kernel takes the maximum before it scales
-        q, scale = -q, -scale
+    if scale <= 0:  # the kernel takes the maximum before it scales
+        q, scale = (-q, -scale) if scale < 0 else (torch.zeros_like(q), 1.0)
     out = heads_last(q)
     moves = [strides(t) for t in (q, k, v, out)]
     problem = problem_of(q, k, bias, causal, unit_of(s for move in moves for s in move[:3]))
     config = config_for(KERNEL, problem, q.device)
+    if config.parts:
+        from . import gluon_attention
+
+        blocks_of = (config.block_m, config.block_n)
+        if gluon_attention.launch(q, k, v, out, problem.causal, scale, blocks_of, config.stages, config.parts):
+            return out
+        config = heuristic(problem, sm_of(q.device))
     batch, heads, queries, _ = q.shape
     programs, rows = (k.shape[1], queries * problem.group) if config.pack else (heads, queries)
     blocks = triton.cdiv(rows, config.block_m)

@@ -81,11 +81,14 @@ def text_of(problem: Any) -> str:
 @functools.cache
 def digest_of_module(module: Any) -> str:
     jitted = {name: f for name, f in vars(module).items() if hasattr(f, "arg_names") and hasattr(f, "fn")}
-    return hashlib.sha256("\n".join(inspect.getsource(jitted[n].fn) for n in sorted(jitted)).encode()).hexdigest()
+    texts = [inspect.getsource(jitted[n].fn) for n in sorted(jitted)]
+    texts += [Path(module.__file__).with_name(name).read_text() for name in getattr(module, "ALSO", ())]
+    return hashlib.sha256("\n".join(texts).encode()).hexdigest()
 
 
 def digest_of(kernel: Kernel[Any, Any]) -> str:
-    """Hex SHA-256 of the source of all jitted functions in the kernel's file: its helpers count, its tuner does not."""
+    """Hex SHA-256 of the source of all jitted functions in the kernel's file, and of the files that it names in `ALSO`:
+    its helpers count, its tuner does not."""
     return digest_of_module(sys.modules[kernel.jit.fn.__module__])
 
 

@@ -61,6 +61,7 @@ CASES = [
     Case(1, 6, 2, 7, 300, 64, FP16, causal=True, bias="full"),
     Case(1, 4, 1, 7, 63, 128, FP32, causal=True, bias="bool"),
     Case(1, 2, 2, 256, 256, 64, FP16),
+    Case(1, 1, 1, 128, 129, 40, FP32, causal=True),  # the last key is alone in its block
     Case(1, 2, 1, 130, 256, 8, FP32, bias="bool"),
     Case(1, 1, 1, 16, 128, 1, FP32),
 ]

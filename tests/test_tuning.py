@@ -92,7 +92,8 @@ def heuristic():
 
 def test_the_digest_is_of_the_jitted_functions(tmp_path: Path) -> None:
     changes = {"helper": ("x + 1", "x + 2"), "kernel": ("helper(1)", "helper(3)"), "tuner": ("return 4", "return 8"),
-               "words": ("A kernel.", "A kernel!"), "nothing": ("", "")}  # fmt: skip
+               "words": ("A kernel.", "A kernel!"), "nothing": ("", ""),
+               "also": ("def heur", "ALSO = ('nothing.py',)\n\n\ndef heur")}  # fmt: skip
     paths = []
     for name, change in changes.items():
         paths.append(tmp_path / f"{name}.py")
@@ -100,7 +101,7 @@ def test_the_digest_is_of_the_jitted_functions(tmp_path: Path) -> None:
     run = subprocess.run([sys.executable, "-c", DIGESTS, *paths], capture_output=True, text=True, check=True)
     found = dict(zip(changes, run.stdout.split(), strict=True))
     assert found["tuner"] == found["words"] == found["nothing"]
-    assert len({found["helper"], found["kernel"], found["nothing"]}) == 3
+    assert len({found["helper"], found["kernel"], found["nothing"], found["also"]}) == 4
 
 
 @pytest.mark.parametrize(
