@@ -2,6 +2,8 @@
 
 import fcntl
 import os
+import shutil
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -76,3 +78,25 @@ def within_budget() -> Callable[["Tensor", "Tensor", "Tensor"], None]:
         assert error <= 2 * max(own, half_a_unit), f"error {error:.3e}, torch's own {own:.3e}, units {half_a_unit:.3e}"
 
     return check
+
+
+@pytest.fixture(scope="session")
+def native_build() -> Callable[..., Path]:
+    """`native_build(folder, target, *options)` builds a target of tests/native in build/folder, which later runs find
+    again, and returns it."""
+    root = Path(__file__).parent.parent
+    if shutil.which("cmake") is None or shutil.which("ninja") is None:
+        pytest.skip("needs cmake and ninja")
+
+    def build(folder: str, target: str, *options: str) -> Path:
+        where = root / "build" / folder
+        where.mkdir(parents=True, exist_ok=True)
+        configure = ["cmake", "-S", str(root), "-B", str(where), "-G", "Ninja", "-DOPTIMIZE_TESTS=ON", *options]
+        with (where / "lock").open("w") as lock:  # workers of pytest-xdist share the folder
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            for command in (configure, ["cmake", "--build", str(where), "--target", target]):
+                done = subprocess.run(command, capture_output=True, text=True, check=False)
+                assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        return where / "tests" / "native" / target
+
+    return build

@@ -1,10 +1,10 @@
 """What CMake builds beside the library: a C program that deploys it without Python; the kernels under sanitizers."""
 
 import os
-import shutil
 import subprocess
 import sys
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -19,17 +19,7 @@ from optimize.kernels import ort_library, reference
 ROOT = Path(__file__).parent.parent
 
 
-def built(folder: str, target: str, *options: str) -> Path:
-    """The target, built in a folder that later runs find again."""
-    if shutil.which("cmake") is None or (shutil.which("ninja") is None and shutil.which("make") is None):
-        pytest.skip("needs cmake and ninja")
-    where = ROOT / "build" / folder
-    generator = ["-G", "Ninja"] if shutil.which("ninja") else []
-    configure = ["cmake", "-S", str(ROOT), "-B", str(where), *generator, "-DOPTIMIZE_TESTS=ON", *options]
-    for command in (configure, ["cmake", "--build", str(where), "--target", target]):
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return where / "tests" / "native" / target
+Build = Callable[..., Path]
 
 
 def runtime() -> Path:
@@ -51,8 +41,8 @@ def attention_model(path: Path, dtype: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_a_c_program_runs_the_library(tmp_path: Path, dtype: torch.dtype) -> None:
-    program = built("tests-native", "deploy")
+def test_a_c_program_runs_the_library(tmp_path: Path, native_build: Build, dtype: torch.dtype) -> None:
+    program = native_build("tests-native", "deploy")
     attention_model(tmp_path / "m.onnx", TensorProto.FLOAT if dtype == torch.float32 else TensorProto.FLOAT16)
     q, k, v = torch.randn(1, 4, 63, 64), torch.randn(1, 2, 77, 64), torch.randn(1, 2, 77, 64)
     q, k, v = (x.to(dtype) for x in (q, k, v))
@@ -71,9 +61,9 @@ def test_a_c_program_runs_the_library(tmp_path: Path, dtype: torch.dtype) -> Non
     assert (got - truth).norm() / truth.norm() < (1e-6 if dtype == torch.float32 else 1e-3)
 
 
-def test_the_c_program_says_what_is_wrong(tmp_path: Path) -> None:
+def test_the_c_program_says_what_is_wrong(tmp_path: Path, native_build: Build) -> None:
     """A shape that does not fit comes back as an error with our words, through the C ABI."""
-    program = built("tests-native", "deploy")
+    program = native_build("tests-native", "deploy")
     attention_model(tmp_path / "m.onnx", TensorProto.FLOAT)
     torch.zeros(1, 2, 7, 64).numpy().tofile(tmp_path / "x")
     torch.zeros(1, 3, 7, 64).numpy().tofile(tmp_path / "y")
@@ -84,9 +74,9 @@ def test_the_c_program_says_what_is_wrong(tmp_path: Path) -> None:
     assert "ai.optimize Attention: k: got 3 heads, expected a number that divides the 2 heads of q" in done.stderr
 
 
-def test_the_kernels_under_sanitizers() -> None:
+def test_the_kernels_under_sanitizers(native_build: Build) -> None:
     """Address- and UndefinedBehaviorSanitizer, every instruction set of this CPU, tensors of exactly their size."""
-    driver = built("tests-sanitized", "driver", "-DOPTIMIZE_SANITIZE=ON")
+    driver = native_build("tests-sanitized", "driver", "-DOPTIMIZE_SANITIZE=ON")
     env = os.environ | {"ASAN_OPTIONS": "detect_leaks=1"}
     done = subprocess.run([str(driver)], capture_output=True, text=True, check=False, env=env)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]

@@ -8,6 +8,7 @@
 #include <new>
 #include <string.h>
 
+#include "cuda.h"
 #include "node.h"
 
 namespace optimize {
@@ -17,11 +18,16 @@ const char* const DOMAIN_NAME = "ai.optimize";
 const char* const OLDER =
     "ai.optimize: this ONNX Runtime is older than 1.17; the operator library needs the C API of 1.17 or later";
 
+const char* const NO_CUBINS =
+    "ai.optimize: this library was built without CUDA kernels; build it with OPTIMIZE_CUBINS (see "
+    "kernels/native_cubins.py), or run the model without the library: its nodes carry their bodies";
+
 // One operator for one type of tensors. AttentionBias exists twice for each: with an added and with a boolean bias.
 struct Registered : OrtCustomOp {
   const OrtApi* api;  // of the runtime it is registered with
   const Operator* op;
   int type, bias_type;
+  bool cuda;
 };
 
 struct Kernel {
@@ -129,6 +135,11 @@ void compute(const Kernel& kernel, OrtKernelContext* context) {
   const Operator& op = *kernel.registered->op;
   Call call{api, context, kernel.attributes, op.name, kernel.registered->type, op.inputs, {}};
   for (int i = 0; i < op.inputs; ++i) call.inputs[i] = input(api, context, i);
+  if (kernel.registered->cuda) {
+    void* stream = nullptr;
+    check(api, ORT_CALL(api, KernelContext_GetGPUComputeStream)(context, &stream));
+    return op.cuda(call, stream);
+  }
   Session session{api, context};
   check(api, ORT_CALL(api, CreateCpuMemoryInfo)(ORT_ARENA_ALLOCATOR, ORT_MEM_DEFAULT, &session.place));
   check(api, ORT_CALL(api, KernelContext_GetAllocator)(context, session.place, &session.arena));
@@ -139,6 +150,7 @@ void compute(const Kernel& kernel, OrtKernelContext* context) {
 
 OrtStatus* create(const OrtCustomOp* op, const OrtApi* api, const OrtKernelInfo* info, void** kernel) {
   return guarded(api, [&] {
+    if (of(op).cuda && CUBIN_COUNT == 0) throw std::runtime_error(NO_CUBINS);
     *kernel = new Kernel{api, &of(op), read_attributes(api, info, *of(op).op)};
   });
 }
@@ -160,15 +172,18 @@ OrtStatus* infer(const OrtCustomOp* op, OrtShapeInferContext* context) {
   return nullptr;
 }
 
-Registered registered(const OrtApi* api, const Operator& op, int type, int bias_type) {
+Registered registered(const OrtApi* api, const Operator& op, int type, int bias_type, bool cuda) {
   Registered r{};
   r.api = api;
   r.op = &op;
   r.type = type;
   r.bias_type = bias_type;
+  r.cuda = cuda;
   r.version = ORT_ABI_VERSION;
   r.GetName = [](const OrtCustomOp* o) { return of(o).op->name; };
-  r.GetExecutionProviderType = [](const OrtCustomOp*) -> const char* { return nullptr; };
+  r.GetExecutionProviderType = [](const OrtCustomOp* o) -> const char* {
+    return of(o).cuda ? "CUDAExecutionProvider" : nullptr;
+  };
   r.GetInputType = [](const OrtCustomOp* o, size_t i) {
     return i == 3 && strcmp(of(o).op->name, "AttentionBias") == 0 ? of(o).bias_type : of(o).type;
   };
@@ -195,12 +210,13 @@ struct Domain {
   OrtCustomOpDomain* made = nullptr;
 
   explicit Domain(const OrtApi* api) {
-    for (int i = 0; i < OPERATOR_COUNT; ++i)
-      for (int type : {ORT_FLOAT, ORT_FLOAT16}) {
-        operators.push_back(registered(api, OPERATORS[i], type, type));
-        if (strcmp(OPERATORS[i].name, "AttentionBias") == 0)
-          operators.push_back(registered(api, OPERATORS[i], type, ORT_BOOL));
-      }
+    for (bool cuda : {false, true})
+      for (int i = 0; i < OPERATOR_COUNT; ++i)
+        for (int type : {ORT_FLOAT, ORT_FLOAT16}) {
+          operators.push_back(registered(api, OPERATORS[i], type, type, cuda));
+          if (strcmp(OPERATORS[i].name, "AttentionBias") == 0)
+            operators.push_back(registered(api, OPERATORS[i], type, ORT_BOOL, cuda));
+        }
     check(api, ORT_CALL(api, CreateCustomOpDomain)(DOMAIN_NAME, &made));
     for (const Registered& r : operators) check(api, ORT_CALL(api, CustomOpDomain_Add)(made, &r));
   }
@@ -235,3 +251,6 @@ EXPORTED OrtStatus* RegisterCustomOps(OrtSessionOptions* options, const OrtApiBa
 
 // What runs here: "avx512", "avx2" or "base"
 EXPORTED const char* optimize_kernels_isa(void) { return optimize::kernels().name; }
+
+// How many CUDA kernels the library carries, for all GPUs together
+EXPORTED int optimize_kernels_cubins(void) { return optimize::CUBIN_COUNT; }

@@ -3,6 +3,8 @@
 
 #include <string.h>
 
+#include "cuda.h"
+
 namespace optimize {
 
 int64_t Shape::elements(int from, int to) const {
@@ -209,30 +211,37 @@ void group_norm_cpu(const Call& c, const Host& h) { served(kernels().group_norm[
 void rope_cpu(const Call& c, const Host& h) { served(kernels().rope[at(c)](rope_problem(c), h)); }
 void gated_cpu(const Call& c, const Host& h) { served(kernels().gated[at(c)](gated_problem(c), h)); }
 
+bool half(const Call& call) { return call.type == ORT_FLOAT16; }
+void attention_cuda(const Call& c, void* stream) { attention_on_cuda(attention_problem(c), half(c), stream); }
+void norm_cuda(const Call& c, void* stream) { norm_on_cuda(norm_problem(c), half(c), stream); }
+void group_norm_cuda(const Call& c, void* stream) { group_norm_on_cuda(group_norm_problem(c), half(c), stream); }
+void rope_cuda(const Call& c, void* stream) { rope_on_cuda(rope_problem(c), half(c), stream); }
+void gated_cuda(const Call& c, void* stream) { gated_on_cuda(gated_problem(c), half(c), stream); }
+
 }  // namespace
 
 const Operator OPERATORS[] = {
-    {"Attention", 3, 1, {0, 0}, "causal scale", attention_cpu},
-    {"AttentionBias", 4, 1, {0, 0}, "causal scale", attention_cpu},
-    {"GroupNorm", 3, 1, {0, 0}, "groups epsilon", group_norm_cpu},
-    {"GroupNormSiLU", 3, 1, {0, 0}, "groups epsilon", group_norm_cpu},
-    {"LayerNorm", 3, 1, {0, 0}, "epsilon", norm_cpu},
-    {"LayerNormModulated", 5, 1, {0, 0}, "epsilon", norm_cpu},
-    {"RMSNorm", 2, 1, {0, 0}, "epsilon", norm_cpu},
-    {"RMSNormModulated", 4, 1, {0, 0}, "epsilon", norm_cpu},
-    {"AddLayerNorm", 4, 2, {0, 0}, "epsilon", norm_cpu},
-    {"AddLayerNormModulated", 6, 2, {0, 0}, "epsilon", norm_cpu},
-    {"AddRMSNorm", 3, 2, {0, 0}, "epsilon", norm_cpu},
-    {"AddRMSNormModulated", 5, 2, {0, 0}, "epsilon", norm_cpu},
-    {"GatedAddLayerNorm", 5, 2, {0, 0}, "epsilon", norm_cpu},
-    {"GatedAddLayerNormModulated", 7, 2, {0, 0}, "epsilon", norm_cpu},
-    {"GatedAddRMSNorm", 4, 2, {0, 0}, "epsilon", norm_cpu},
-    {"GatedAddRMSNormModulated", 6, 2, {0, 0}, "epsilon", norm_cpu},
-    {"QKNormRope", 6, 2, {0, 1}, "epsilon interleaved", rope_cpu},
-    {"QKNorm", 4, 2, {0, 1}, "epsilon", rope_cpu},
-    {"RotaryQK", 4, 2, {0, 1}, "interleaved", rope_cpu},
-    {"GeGLU", 2, 1, {0, 0}, "approximate", gated_cpu},
-    {"SwiGLU", 2, 1, {0, 0}, "", gated_cpu},
+    {"Attention", 3, 1, {0, 0}, "causal scale", attention_cpu, attention_cuda},
+    {"AttentionBias", 4, 1, {0, 0}, "causal scale", attention_cpu, attention_cuda},
+    {"GroupNorm", 3, 1, {0, 0}, "groups epsilon", group_norm_cpu, group_norm_cuda},
+    {"GroupNormSiLU", 3, 1, {0, 0}, "groups epsilon", group_norm_cpu, group_norm_cuda},
+    {"LayerNorm", 3, 1, {0, 0}, "epsilon", norm_cpu, norm_cuda},
+    {"LayerNormModulated", 5, 1, {0, 0}, "epsilon", norm_cpu, norm_cuda},
+    {"RMSNorm", 2, 1, {0, 0}, "epsilon", norm_cpu, norm_cuda},
+    {"RMSNormModulated", 4, 1, {0, 0}, "epsilon", norm_cpu, norm_cuda},
+    {"AddLayerNorm", 4, 2, {0, 0}, "epsilon", norm_cpu, norm_cuda},
+    {"AddLayerNormModulated", 6, 2, {0, 0}, "epsilon", norm_cpu, norm_cuda},
+    {"AddRMSNorm", 3, 2, {0, 0}, "epsilon", norm_cpu, norm_cuda},
+    {"AddRMSNormModulated", 5, 2, {0, 0}, "epsilon", norm_cpu, norm_cuda},
+    {"GatedAddLayerNorm", 5, 2, {0, 0}, "epsilon", norm_cpu, norm_cuda},
+    {"GatedAddLayerNormModulated", 7, 2, {0, 0}, "epsilon", norm_cpu, norm_cuda},
+    {"GatedAddRMSNorm", 4, 2, {0, 0}, "epsilon", norm_cpu, norm_cuda},
+    {"GatedAddRMSNormModulated", 6, 2, {0, 0}, "epsilon", norm_cpu, norm_cuda},
+    {"QKNormRope", 6, 2, {0, 1}, "epsilon interleaved", rope_cpu, rope_cuda},
+    {"QKNorm", 4, 2, {0, 1}, "epsilon", rope_cpu, rope_cuda},
+    {"RotaryQK", 4, 2, {0, 1}, "interleaved", rope_cpu, rope_cuda},
+    {"GeGLU", 2, 1, {0, 0}, "approximate", gated_cpu, gated_cuda},
+    {"SwiGLU", 2, 1, {0, 0}, "", gated_cpu, gated_cuda},
 };
 const int OPERATOR_COUNT = sizeof OPERATORS / sizeof *OPERATORS;
 

@@ -57,6 +57,7 @@ struct Operator {
   int output_like[MAX_OUTPUTS];  // the input whose shape an output has
   const char* attributes;        // names, separated by spaces
   void (*cpu)(const Call&, const Host&);
+  void (*cuda)(const Call&, void* stream);
 };
 
 extern const Operator OPERATORS[];

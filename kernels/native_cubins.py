@@ -1,0 +1,208 @@
+"""The Triton kernels as the native library's nodes need them: compiled for each GPU, and written as C to embed.
+
+    python -m optimize.kernels.native_cubins FOLDER
+    pip install . -C cmake.define.OPTIMIZE_CUBINS=FOLDER
+
+A node's tensors are contiguous, and any size may come: these are the kernels' general forms (edges masked, the smaller
+units), in fp16 and fp32. What a cubin serves is in its compile-time constants, which the library reads when it chooses.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import dataclasses
+import itertools
+import multiprocessing
+import os
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from .aot import Built, built_for, over_limits
+from .kernel import SMS, Kernel
+
+DTYPES = ("fp16", "fp32")
+ACTIVATIONS = ("gelu", "gelu_tanh", "silu")
+"""In the order of the library's enum Gate, whose numbers stand for them."""
+HEAD_DIMS = (32, 40, 64, 72, 80, 96, 128, 160, 256, 512)
+GROUPED = (64, 128)
+"""Head sizes of models whose query heads share key heads,"""
+GROUPS = (2, 3, 4, 5, 6, 7, 8, 16)
+"""and how many share one."""
+MANY, FEW = 4096, 128
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """A kernel, by name, and a problem that stands for all that it serves."""
+
+    kernel: str
+    problem: Any
+
+
+def attention_forms() -> Iterator[Form]:
+    from .triton_attention import AttentionProblem
+
+    def form(head_dim: int, dtype: str, queries: int = MANY, keys: int = MANY, **rest: Any) -> Form:
+        return Form("attention", AttentionProblem(head_dim, dtype, queries, keys, **rest))
+
+    for head_dim, causal in itertools.product(HEAD_DIMS, (False, True)):
+        yield form(head_dim, "fp32", causal=causal)
+        yield form(head_dim, "fp16", causal=causal)
+        yield form(head_dim, "fp16", keys=FEW, causal=causal)
+    for head_dim, dtype in itertools.product(HEAD_DIMS, DTYPES):
+        yield from (form(head_dim, dtype, bias=bias) for bias in (dtype, "bool"))
+    for head_dim in GROUPED:
+        yield form(head_dim, "fp16", queries=1)
+        yield from (form(head_dim, "fp16", bias=bias, causal=True) for bias in ("fp16", "bool"))
+        for group in GROUPS:
+            yield from (form(head_dim, "fp16", group=group, causal=causal) for causal in (False, True))
+            yield from (form(head_dim, "fp16", group=group, bias=bias) for bias in ("fp16", "bool"))
+            yield form(head_dim, "fp16", queries=1, heads=32, group=group)
+
+
+def norm_forms() -> Iterator[Form]:
+    """With and without a sum, a gate, a modulation (per batch or per token); rows of up to 1024 and 4096 channels held
+    whole where 8 divides them, any others walked twice."""
+    from .triton_norms import NONE, PER_BATCH, PER_TOKEN, NormProblem
+
+    shapes = ((1024, 8), (4096, 8), (32767, 1))
+    parts: tuple[tuple[bool, int, int], ...] = ((False, NONE, NONE), (True, NONE, NONE))
+    parts += tuple(p for kind in (PER_BATCH, PER_TOKEN) for p in ((False, NONE, kind), (True, NONE, kind)))
+    parts += tuple(p for kind in (PER_BATCH, PER_TOKEN) for p in ((True, kind, NONE), (True, kind, kind)))
+    for dtype, rms, (channels, unit), (added, gate, kind) in itertools.product(
+        DTYPES, (False, True), shapes, sorted(set(parts))
+    ):
+        modulation, bias, residual = dtype if gate or kind else "", "" if rms else dtype, dtype if added else ""
+        problem = NormProblem(MANY, channels, dtype, rms, dtype, bias, residual, modulation, gate, kind, kind, unit)
+        yield Form("norm", problem)
+
+
+def group_norm_forms() -> Iterator[Form]:
+    from .triton_group_norm import GroupNormProblem
+
+    def problem(group_channels: int, positions: int, dtype: str, silu: bool) -> GroupNormProblem:
+        return GroupNormProblem(1, 32 * group_channels, 32, positions, dtype, dtype, dtype, silu)
+
+    for dtype, silu in itertools.product(DTYPES, (False, True)):
+        for group_channels, positions in ((16, 1024), (64, 256), (64, 64)):
+            yield Form("group_norm", problem(group_channels, positions, dtype, silu))
+        for positions in (1 << 16, (1 << 16) - 1):
+            yield Form("group_norm_apply", problem(16, positions, dtype, silu))
+            if not silu:
+                yield Form("group_norm_partial", problem(16, positions, dtype, silu))
+    yield Form("group_norm_merge", problem(16, 1 << 16, "fp16", False))
+
+
+def rope_forms() -> Iterator[Form]:
+    """One head, see `rope_on_cuda`."""
+    from .triton_rope import HALVES, INTERLEAVED, NO_ROTATION, RopeProblem
+
+    for dtype, rotation, weight, head_dim in itertools.product(
+        DTYPES, (NO_ROTATION, INTERLEAVED, HALVES), (False, True), (64, 128, 256, 512)
+    ):
+        if rotation != NO_ROTATION or weight:
+            for unit in (8, 2):
+                angles = dtype if rotation else ""
+                yield Form(
+                    "qk_norm_rope",
+                    RopeProblem(MANY, 1, 1, head_dim, dtype, dtype if weight else "", angles, rotation, unit),
+                )
+
+
+def gated_forms() -> Iterator[Form]:
+    """All in one row."""
+    from .triton_gated import GatedProblem
+
+    for dtype, activation, unit in itertools.product(DTYPES, ACTIVATIONS, (16, 1)):
+        yield Form("gated", GatedProblem(1, 1 << 20, dtype, activation, unit))
+
+
+def forms() -> Iterator[Form]:
+    """Each once."""
+    made = itertools.chain(attention_forms(), norm_forms(), group_norm_forms(), rope_forms(), gated_forms())
+    yield from dict.fromkeys(made)
+
+
+def kernels() -> Mapping[str, Kernel[Any, Any]]:
+    """By name. The second pass of group norm takes its statistics merged: one form for groups of all sizes."""
+    from . import triton_attention, triton_gated, triton_group_norm, triton_norms, triton_rope
+
+    def merged(problem: Any, config: Any) -> Any:
+        types = {"x": problem.dtype, "weight": problem.weight, "bias": problem.bias, "out": problem.dtype}
+        types |= {"means": "", "squares": "", "statistics": "fp32"}
+        constants = triton_group_norm.apply_meta(problem, config, 0)
+        return triton_group_norm.specialised(triton_group_norm.apply_kernel, types, constants, config.warps)
+
+    apply = dataclasses.replace(triton_group_norm.APPLY, compiled=merged)
+    made = (
+        triton_attention.KERNEL, triton_gated.KERNEL, triton_group_norm.KERNEL, triton_group_norm.PARTIAL,
+        triton_group_norm.MERGE, apply, triton_norms.KERNEL, triton_rope.KERNEL,
+    )  # fmt: skip
+    return {kernel.name: kernel for kernel in made}
+
+
+def built(job: tuple[Form, int]) -> Built:
+    form, sm = job
+    return built_for(kernels()[form.kernel], form.problem, sm)
+
+
+def without_lines() -> None:
+    """Line numbers are two thirds of a cubin. Triton reads this when it compiles."""
+    os.environ["TRITON_DISABLE_LINE_INFO"] = "1"
+
+
+def built_all(which: Iterable[Form], sms: Iterable[int] = SMS, workers: int | None = None) -> list[Built]:
+    """Each form for each GPU, in processes of their own; what does not fit a GPU is left out."""
+    context = multiprocessing.get_context("spawn")
+    jobs = list(itertools.product(which, sms))
+    with concurrent.futures.ProcessPoolExecutor(workers or os.cpu_count(), context, without_lines) as pool:
+        found = list(pool.map(built, jobs, chunksize=4))
+    return [b for b in found if not over_limits(b) and b.scratch_bytes == 0]
+
+
+def number(value: Any) -> int | None:
+    """A constant as the library reads it; None where no choice depends on it."""
+    if value in ACTIVATIONS:
+        return ACTIVATIONS.index(value)
+    return int(value) if isinstance(value, int) else None
+
+
+def write(folder: Path, found: Iterable[Built]) -> None:
+    """The cubins, `cubins.S` that includes them and `cubins.inc`, the table. The same code is written once."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows, sources = [], []
+    unique = {(b.sm, b.cubin, b.arguments): b for b in found}
+    for i, b in enumerate(unique.values()):
+        symbol = f"optimize_cubin_{i}"
+        (folder / f"{symbol}.cubin").write_bytes(b.cubin)
+        arguments = " ".join(f"{name}:{kind}" for name, kind in b.arguments)
+        constants = " ".join(f"{k}={n}" for k, v in b.constants.items() if (n := number(v)) is not None)
+        text = f'"{b.kernel}", "{b.entry}", "{arguments}", "{constants}"'
+        rows.append(f"CUBIN({symbol}, {text}, {b.sm}, {b.shared_bytes}, {b.num_warps})")
+        sources += [
+            f".global {symbol}_begin", f".global {symbol}_end", f".hidden {symbol}_begin", f".hidden {symbol}_end",
+            ".balign 64", f"{symbol}_begin:", f'.incbin "{symbol}.cubin"', f"{symbol}_end:",
+        ]  # fmt: skip
+    (folder / "cubins.inc").write_text("\n".join(rows) + "\n")
+    head = [".section .rodata"]
+    tail = ['.section .note.GNU-stack,"",%progbits']
+    (folder / "cubins.S").write_text("\n".join([*head, *sources, *tail]) + "\n")
+
+
+def main(words: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m optimize.kernels.native_cubins", description="Cubins to embed.")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--sm", type=int, action="append", choices=SMS, help="only for these (default: all)")
+    parser.add_argument("--kernel", default="", help="only kernels whose name contains this")
+    asked = parser.parse_args(words)
+    found = built_all([f for f in forms() if asked.kernel in f.kernel], asked.sm or SMS)
+    write(asked.folder, found)
+    print(f"{len(found)} cubins, {sum(len(b.cubin) for b in found) >> 20} MiB in {asked.folder}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
