@@ -263,7 +263,7 @@ def heuristic(problem: AttentionProblem, sm: int) -> AttentionConfig:
     """Not measured. Sized so that what stays in registers fits: resources.json has what the compiler makes of it."""
     pack = problem.group > 1 and problem.queries < 64
     rows = next_power_of_2(problem.queries * (problem.group if pack else 1))
-    wide = sum(chunks(problem.head_dim)) > 256  # its accumulator wants every thread
+    wide = sum(chunks(problem.head_dim)) > 256 or problem.dtype == "fp32"  # the accumulator wants every thread
     for most_rows, most_keys, most_warps, stages in sizes(problem, sm):
         block_m, block_n = max(FINEST, min(most_rows, rows)), max(FINEST, min(most_keys, problem.keys))
         warps = most_warps if block_m >= 64 or wide else min(most_warps, 4)
@@ -279,7 +279,7 @@ def sizes(problem: AttentionProblem, sm: int) -> Iterator[tuple[int, int, int, i
     width, wide_tiles = sum(chunks(problem.head_dim)), sm in (90, 100)
     per_row = problem.bias != "" and not problem.one_row
     if problem.dtype == "fp32":  # multiplied outside the tensor cores
-        yield from ((32, 32, 8, 1), (16, 32, 8, 1), (16, 16, 8, 1))
+        yield (64, 32, 8, 1) if width <= 64 else (32, 32, 8, 1) if width <= 192 else (16, 512 // width * 16, 8, 1)
     elif problem.keys <= SHORT and width <= 128:
         yield from ((128, SHORT, 8, 1), (64, SHORT, 4, 1))
     elif width <= 64:

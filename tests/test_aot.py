@@ -89,6 +89,13 @@ def test_too_much_tensor_memory_is_found() -> None:
     assert any("tensor memory" in why for why in triton_attention.reasons(problem, config, 100))
 
 
+@pytest.mark.parametrize("head_dim", [64, 160, 256, 512])
+def test_fp32_does_not_spill(head_dim: int) -> None:
+    """It is multiplied outside the tensor cores, from registers; it is compiled where it is used, and not shipped."""
+    b = aot.built_for(triton_attention.KERNEL, triton_attention.AttentionProblem(head_dim, "fp32", 4096, 4096), 89)
+    assert b.spill_bytes == 0 and aot.over_limits(b) == []
+
+
 def test_a_regression_names_the_kernel_and_both_figures(shipped: list[Built]) -> None:
     b = shipped[0]
     table = {b.key: aot.row_of(b)}
