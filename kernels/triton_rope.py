@@ -185,7 +185,7 @@ def shipped() -> Iterator[RopeProblem]:
     for dtype in ("fp16", "bf16"):
         yield RopeProblem(8192, 24, 24, 128, dtype, dtype, "fp32", INTERLEAVED)  # FLUX
         yield RopeProblem(8192, 38, 38, 64, dtype, dtype)  # SD3.5 large
-        yield RopeProblem(4096, 32, 8, 128, dtype, "", dtype, HALVES)  # llama 3
+        yield RopeProblem(4096, 32, 8, 128, dtype, "", "fp32", HALVES)  # llama 3
 
 
 KERNEL: Kernel[RopeProblem, RopeConfig] = Kernel(

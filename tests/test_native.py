@@ -135,14 +135,8 @@ def test_bias_broadcasts(dims: str, queries: int, boolean: bool, dtype: torch.dt
     sizes = {"b": 2, "h": 3, "q": queries, "k": 400, "1": 1}
     q, k, v, bias = draw(dtype, (2, 3, queries, 40), (2, 3, 400, 40), (2, 3, 400, 40), [sizes[d] for d in dims])
     mask = bias > -0.5 if boolean else bias
-    got = native("AttentionBias", [q, k, v, mask], causal=0, scale=0.2)
+    got = native("AttentionBias", [q, k, v, mask], scale=0.2)
     check(got, reference.attention, q, k, v, mask, False, got_scale(0.2))
-
-
-def test_bias_and_causal(dtype: torch.dtype) -> None:
-    q, k, v, bias = draw(dtype, (1, 2, 63, 40), (1, 2, 199, 40), (1, 2, 199, 40), (1, 2, 63, 199))
-    got = native("AttentionBias", [q, k, v, bias], causal=1, scale=0.2)
-    check(got, reference.attention, q, k, v, bias, True, got_scale(0.2))
 
 
 @pytest.mark.parametrize("queries", [2, 63])
@@ -151,7 +145,7 @@ def test_a_query_that_sees_nothing_gives_zeros(queries: int, dtype: torch.dtype)
     seen = torch.ones(1, 1, queries, 77, dtype=torch.bool)
     seen[:, :, 1] = False
     for mask in (seen, torch.zeros(1, 1, queries, 77).masked_fill(~seen, -torch.inf).to(dtype)):
-        (got,) = native("AttentionBias", [q, k, v, mask], causal=0, scale=0.2)
+        (got,) = native("AttentionBias", [q, k, v, mask], scale=0.2)
         assert (got[:, :, 1] == 0).all()
         check([got], reference.attention, q, k, v, mask, False, got_scale(0.2))
 
@@ -160,7 +154,7 @@ def test_the_least_number_as_mask_keeps_rows_alive() -> None:
     """transformers masks with the type's least number: a row of nothing else is a mean over all keys."""
     q, k, v = draw(torch.float32, (1, 1, 8, 40), (1, 1, 77, 40), (1, 1, 77, 40))
     mask = torch.full((1, 1, 8, 77), torch.finfo(torch.float32).min)
-    (got,) = native("AttentionBias", [q, k, v, mask], causal=0, scale=0.2)
+    (got,) = native("AttentionBias", [q, k, v, mask], scale=0.2)
     assert error(got, v.double().mean(2, keepdim=True).expand(1, 1, 8, 40)) < 1e-6
 
 
@@ -277,10 +271,8 @@ QK = [*itertools.product(("QKNormRope", "RotaryQK"), (False, True), (1, 2)), ("Q
 @pytest.mark.parametrize(("op", "interleaved", "angles"), QK)
 @pytest.mark.parametrize(("tokens", "head_dim"), [(1, 40), (63, 72), (77, 128), (7, 2)])
 def test_qk(op: str, interleaved: bool, tokens: int, head_dim: int, angles: int, dtype: torch.dtype) -> None:
-    q, k, q_weight, k_weight, cos, sin = draw(
-        dtype, (2, 4, tokens, head_dim), (2, 2, tokens, head_dim), (head_dim,), (head_dim,),
-        (angles, tokens, head_dim // 2), (angles, tokens, head_dim // 2),
-    )  # fmt: skip
+    q, k, q_weight, k_weight = draw(dtype, (2, 4, tokens, head_dim), (2, 2, tokens, head_dim), (head_dim,), (head_dim,))
+    cos, sin = draw(torch.float32, *[(angles, tokens, head_dim // 2)] * 2)
     weights = [q_weight, k_weight] if op != "RotaryQK" else []
     turn = [cos, sin] if op != "QKNorm" else []
     attributes = ({"epsilon": 1e-6} if weights else {}) | ({"interleaved": int(interleaved)} if turn else {})

@@ -192,7 +192,7 @@ def test_rope_takes_heads_as_batches(folder: Path, program: Path) -> None:
     assert [(v["q_batch"], v["q_token"], v["cos_token"], v["cos_batch"]) for v in values] == [(1280, 128, 64, 0)] * 2
     assert [x["grid"] // values[0]["token_blocks"] for x in found] == [8, 4], "batch times heads"
     by_batch = [matched(x, rows)[1] for x in launches(ran(program, "rope_by_batch"))]
-    assert [v["cos"] - 0x70000 for v in by_batch] == [0, 1280, 0, 1280], "each batch has its angles"
+    assert [v["cos"] - 0x70000 for v in by_batch] == [0, 2560, 0, 2560], "each batch has its angles"
     assert [v["q"] & 0xFFFF for v in by_batch] == [0, 4 * 1280 * 2, 0, 2 * 1280 * 2]
 
 

@@ -277,7 +277,7 @@ void rope_on_cuda(const RopeProblem& p, bool half, void* stream) {
   const bool normed = p.sides[0].weight != nullptr;
   const int64_t rotation = !p.cos ? 0 : p.interleaved ? 1 : 2, size = half ? 2 : 4, span = p.tokens * p.head_dim;
   const auto fits = [&](const Kernel& k) {
-    return k.type("q") == pointer_type(half) && k["ROTATION"] == rotation && !k.type("q_weight").empty() == normed &&
+    return k.type("q") == pointer_type(half) && k["ROTATION"] == rotation && !k.type("q_weight").empty() == normed && (!rotation || k.type("cos") == pointer_type(false)) &&
            k["HEADS"] == 1 && p.head_dim <= k["BLOCK"] && divides(k["UNIT"], {p.head_dim});
   };
   const Kernel& k = chosen("qk_norm_rope", device,
@@ -286,12 +286,12 @@ void rope_on_cuda(const RopeProblem& p, bool half, void* stream) {
   const int64_t token_blocks = blocks(p.tokens, k["TOKENS"]), steps = p.cos && p.angle_batch_stride ? p.batch : 1;
   for (const RopeSide& side : p.sides)
     for (int64_t step = 0; step < steps; ++step) {  // one for each batch where each has its angles
-      const int64_t heads = p.batch / steps * side.heads, at = step * heads * span * size, angle = step * p.angle_batch_stride * size;
+      const int64_t heads = p.batch / steps * side.heads, at = step * heads * span * size, angle = step * p.angle_batch_stride;
       const auto shifted = [](const void* x, int64_t bytes) { return x ? (const char*)x + bytes : nullptr; };
       Values v;
       v.pointers = {{"q", shifted(side.x, at)}, {"k", side.x}, {"q_out", shifted(side.y, at)}, {"k_out", side.y},
-                    {"q_weight", side.weight}, {"k_weight", side.weight}, {"cos", shifted(p.cos, angle)},
-                    {"sin", shifted(p.sin, angle)}};
+                    {"q_weight", side.weight}, {"k_weight", side.weight}, {"cos", p.cos ? p.cos + angle : p.cos},
+                    {"sin", p.sin ? p.sin + angle : p.sin}};
       v.numbers = {{"tokens", p.tokens}, {"q_heads", 1}, {"k_heads", 1}, {"head_dim", p.head_dim},
                    {"token_blocks", token_blocks}, {"q_blocks", 1}, {"blocks", 1}, {"q_batch", span}, {"q_head", 0},
                    {"q_token", p.head_dim}, {"k_batch", span}, {"k_head", 0}, {"k_token", p.head_dim}, {"cos_batch", 0},

@@ -185,6 +185,7 @@ Registered registered(const OrtApi* api, const Operator& op, int type, int bias_
     return of(o).cuda ? "CUDAExecutionProvider" : nullptr;
   };
   r.GetInputType = [](const OrtCustomOp* o, size_t i) {
+    if ((int)i >= of(o).op->angles) return (int)ORT_FLOAT;
     return i == 3 && strcmp(of(o).op->name, "AttentionBias") == 0 ? of(o).bias_type : of(o).type;
   };
   r.GetInputTypeCount = [](const OrtCustomOp* o) { return (size_t)of(o).op->inputs; };

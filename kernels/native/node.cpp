@@ -183,7 +183,7 @@ RopeProblem rope_problem(const Call& call) {
     if ((c[0] != 1 && c[0] != p.batch) || c[1] != p.tokens || c[2] != p.head_dim / 2)
       call.fail("cos", cos.shape.text(), "[1 or " + number(p.batch) + ", " + number(p.tokens) + ", " + number(p.head_dim / 2) + "]");
     if (!(sin.shape == cos.shape)) call.fail("sin", sin.shape.text(), cos.shape.text() + ", as cos");
-    p.cos = cos.data, p.sin = sin.data;
+    p.cos = (const float*)cos.data, p.sin = (const float*)sin.data;
     p.angle_batch_stride = c[0] == 1 ? 0 : c[1] * c[2];
   }
   p.sides[0].y = call.output(0, q.shape).data;
@@ -222,7 +222,7 @@ void gated_cuda(const Call& c, void* stream) { gated_on_cuda(gated_problem(c), h
 
 const Operator OPERATORS[] = {
     {"Attention", 3, 1, {0, 0}, "causal scale", attention_cpu, attention_cuda},
-    {"AttentionBias", 4, 1, {0, 0}, "causal scale", attention_cpu, attention_cuda},
+    {"AttentionBias", 4, 1, {0, 0}, "scale", attention_cpu, attention_cuda},
     {"GroupNorm", 3, 1, {0, 0}, "groups epsilon", group_norm_cpu, group_norm_cuda},
     {"GroupNormSiLU", 3, 1, {0, 0}, "groups epsilon", group_norm_cpu, group_norm_cuda},
     {"LayerNorm", 3, 1, {0, 0}, "epsilon", norm_cpu, norm_cuda},
@@ -237,9 +237,9 @@ const Operator OPERATORS[] = {
     {"GatedAddLayerNormModulated", 7, 2, {0, 0}, "epsilon", norm_cpu, norm_cuda},
     {"GatedAddRMSNorm", 4, 2, {0, 0}, "epsilon", norm_cpu, norm_cuda},
     {"GatedAddRMSNormModulated", 6, 2, {0, 0}, "epsilon", norm_cpu, norm_cuda},
-    {"QKNormRope", 6, 2, {0, 1}, "epsilon interleaved", rope_cpu, rope_cuda},
+    {"QKNormRope", 6, 2, {0, 1}, "epsilon interleaved", rope_cpu, rope_cuda, 4},
     {"QKNorm", 4, 2, {0, 1}, "epsilon", rope_cpu, rope_cuda},
-    {"RotaryQK", 4, 2, {0, 1}, "interleaved", rope_cpu, rope_cuda},
+    {"RotaryQK", 4, 2, {0, 1}, "interleaved", rope_cpu, rope_cuda, 2},
     {"GeGLU", 2, 1, {0, 0}, "approximate", gated_cpu, gated_cuda},
     {"SwiGLU", 2, 1, {0, 0}, "", gated_cpu, gated_cuda},
 };

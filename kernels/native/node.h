@@ -58,6 +58,7 @@ struct Operator {
   const char* attributes;        // names, separated by spaces
   void (*cpu)(const Call&, const Host&);
   void (*cuda)(const Call&, void* stream);
+  int angles = MAX_INPUTS;  // inputs from here on are fp32 whatever the others are
 };
 
 extern const Operator OPERATORS[];

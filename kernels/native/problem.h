@@ -68,7 +68,7 @@ struct RopeSide {
 struct RopeProblem {
   int64_t batch, tokens, head_dim;
   RopeSide sides[2];
-  const void *cos, *sin;  // [batch or 1, tokens, head_dim / 2], or null: no rotation
+  const float *cos, *sin;  // [batch or 1, tokens, head_dim / 2], or null: no rotation
   int64_t angle_batch_stride;
   bool interleaved;
   float epsilon;

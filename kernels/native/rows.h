@@ -115,7 +115,7 @@ bool norm(const NormProblem& p, const Host& host) {
 // --- rotation ---
 
 template <class T>
-INLINE void rotate_halves(const float* row, const T* cos, const T* sin, int64_t half, T* y) {
+INLINE void rotate_halves(const float* row, const float* cos, const float* sin, int64_t half, T* y) {
   for (int64_t i = 0; i < half; i += WIDTH) {
     const Vec a = load(row + i, half - i), b = load(row + half + i, half - i);
     const Vec c = load(cos + i, half - i), s = load(sin + i, half - i);
@@ -125,7 +125,7 @@ INLINE void rotate_halves(const float* row, const T* cos, const T* sin, int64_t 
 }
 
 template <class T>
-INLINE void rotate_pairs(const float* row, const T* cos, const T* sin, int64_t half, T* y) {
+INLINE void rotate_pairs(const float* row, const float* cos, const float* sin, int64_t half, T* y) {
   for (int64_t i = 0; i < half; i += WIDTH) {
     const int64_t n = least(WIDTH, half - i);
     float c[WIDTH], s[WIDTH], turned[2 * WIDTH] = {};
@@ -160,7 +160,7 @@ void rope_row(const RopeProblem& p, const RopeSide& side, int64_t r, float* row)
     return;
   }
   const int64_t at = batch * p.angle_batch_stride + token * half;
-  const T *cos = (const T*)p.cos + at, *sin = (const T*)p.sin + at;
+  const float *cos = p.cos + at, *sin = p.sin + at;
   p.interleaved ? rotate_pairs(row, cos, sin, half, y) : rotate_halves(row, cos, sin, half, y);
 }
 

@@ -186,8 +186,8 @@ void group_norm(int64_t batch, int64_t channels, int64_t spatial, int64_t groups
 template <class T>
 void rope(int64_t batch, int64_t heads, int64_t kv_heads, int64_t tokens, int64_t d, bool interleaved) {
   const int64_t q_size = batch * heads * tokens * d, k_size = batch * kv_heads * tokens * d;
-  const auto q = drawn<T>(q_size), k = drawn<T>(k_size), weight = drawn<T>(d), cos = drawn<T>(tokens * (d / 2)),
-             sin = drawn<T>(tokens * (d / 2));
+  const auto q = drawn<T>(q_size), k = drawn<T>(k_size), weight = drawn<T>(d);
+  const auto cos = drawn<float>(tokens * (d / 2)), sin = drawn<float>(tokens * (d / 2));
   across<T>("rope", {q_size, k_size}, [&](const Kernels& table, std::vector<std::vector<T>>& out) {
     RopeProblem p{batch, tokens, d, {{heads, q.data(), weight.data(), out[0].data()},
                                      {kv_heads, k.data(), weight.data(), out[1].data()}},
