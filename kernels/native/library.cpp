@@ -160,6 +160,21 @@ OrtStatus* run(void* kernel, OrtKernelContext* context) {
 }
 void destroy(void* kernel) { delete (Kernel*)kernel; }
 
+// Whether each size is a number or has a name. ONNX Runtime's own layout pass makes sizes that are neither, and would
+// read one that is passed on as -1 for a number.
+OrtStatus* is_known(const OrtApi* api, const OrtTensorTypeAndShapeInfo* info, bool* known) {
+  size_t count = 0;
+  int64_t dims[MAX_DIMS];
+  const char* names[MAX_DIMS] = {};
+  if (OrtStatus* bad = ORT_CALL(api, GetDimensionsCount)(info, &count)) return bad;
+  *known = count <= MAX_DIMS;
+  if (!*known) return nullptr;
+  if (OrtStatus* bad = ORT_CALL(api, GetDimensions)(info, dims, count)) return bad;
+  if (OrtStatus* bad = ORT_CALL(api, GetSymbolicDimensions)(info, names, count)) return bad;
+  for (size_t i = 0; i < count; ++i) *known = *known && (dims[i] >= 0 || (names[i] && *names[i]));
+  return nullptr;
+}
+
 // Outputs are shaped like inputs
 OrtStatus* infer(const OrtCustomOp* op, OrtShapeInferContext* context) {
   const OrtApi* api = of(op).api;
@@ -167,6 +182,9 @@ OrtStatus* infer(const OrtCustomOp* op, OrtShapeInferContext* context) {
     OrtTensorTypeAndShapeInfo* like = nullptr;  // the context owns it
     if (OrtStatus* bad = ORT_CALL(api, ShapeInferContext_GetInputTypeShape)(context, (size_t)of(op).op->output_like[i], &like))
       return bad;
+    bool known = false;
+    if (OrtStatus* bad = is_known(api, like, &known)) return bad;
+    if (!known) continue;
     if (OrtStatus* bad = ORT_CALL(api, ShapeInferContext_SetOutputTypeShape)(context, (size_t)i, like)) return bad;
   }
   return nullptr;

@@ -38,7 +38,7 @@ void group_norm(int64_t spatial) {
 
 void rope(bool by_batch) {
   const int64_t stride = by_batch ? 10 * 64 : 0;
-  rope_on_cuda({2, 10, 128, {{4, at(1), at(5), out(3)}, {2, at(2), at(6), out(4)}}, at(7), at(8), stride, true, 0.25f}, true,
+  rope_on_cuda({2, 10, 128, {{4, at(1), at(5), out(3)}, {2, at(2), at(6), out(4)}}, (const float*)at(7), (const float*)at(8), stride, true, 0.25f}, true,
                STREAM);
 }
 
