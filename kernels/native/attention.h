@@ -228,23 +228,46 @@ struct Running {
   Vec sums;  // the sum is that of its lanes
 };
 
-// scores -> 2^(score - largest so far); returns what the output and the sum so far have to be multiplied by
-INLINE float soften_row(float* scores, int64_t n, Running& running) {
-  Vec highest = splat(LEAST);
-  for (int64_t j = 0; j < n; j += WIDTH) highest = larger(load(scores + j), highest);
-  const float before = running.largest, block = largest_of(highest);
-  const float now = block > before ? block : before;
-  const float reference = now == LEAST ? 0.0f : now;  // nothing seen yet: 2^-infinity is 0
-  Vec sums{};
-  for (int64_t j = 0; j < n; j += WIDTH) {
+// One row of scores -> 2^(score - reference); returns the sums of its lanes
+INLINE Vec softened(float* scores, int64_t n, float reference) {
+  Vec sums[2] = {};
+  int64_t j = 0;
+  for (; j + 2 * WIDTH <= n; j += 2 * WIDTH) {
+    const Vec e = exp2_of_negative(load(scores + j) - reference);
+    const Vec f = exp2_of_negative(load(scores + j + WIDTH) - reference);
+    store(scores + j, e);
+    store(scores + j + WIDTH, f);
+    sums[0] += e;
+    sums[1] += f;
+  }
+  for (; j < n; j += WIDTH) {
     const Vec e = exp2_of_negative(load(scores + j) - reference);
     store(scores + j, e);
-    sums += e;
+    sums[0] += e;
   }
-  // where nothing was seen before, what is multiplied is 0
-  const float factor = before == now || before == LEAST ? 1.0f : exp2_of_negative(splat(before - reference))[0];
-  running = {now, running.sums * factor + sums};
-  return factor;
+  return sums[0] + sums[1];
+}
+
+// R rows of scores -> 2^(score - largest so far of its row); `factor` is what the row's output has to be multiplied by.
+// The largest of all rows are looked for side by side: one alone waits for itself.
+template <int R>
+INLINE void soften(float* scores, int64_t n, Running* running, float* factor) {
+  Vec highest[R];
+  for (int r = 0; r < R; ++r) highest[r] = splat(LEAST);
+  for (int64_t j = 0; j < n; j += WIDTH)
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) highest[r] = larger(load(scores + r * KEYS + j), highest[r]);
+  float reference[R];
+  for (int r = 0; r < R; ++r) {
+    const float before = running[r].largest, block = largest_of(highest[r]);
+    const float now = block > before ? block : before;
+    reference[r] = now == LEAST ? 0.0f : now;  // nothing seen yet: 2^-infinity is 0
+    // where nothing was seen before, what is multiplied is 0
+    factor[r] = before == now || before == LEAST ? 1.0f : exp2_of_negative(splat(before - reference[r]))[0];
+    running[r].largest = now;
+  }
+  for (int r = 0; r < R; ++r)
+    running[r].sums = running[r].sums * factor[r] + softened(scores + r * KEYS, n, reference[r]);
 }
 
 // --- many queries ---
@@ -281,11 +304,10 @@ void tile_task(void* data, size_t index) {
     for (int64_t group = 0; group < n; group += ROWS) {
       float factor[ROWS];
       score_block(queries + group * p.head_dim, keys, p.keys, p.head_dim, first, block, scores);
-      for (int64_t r = 0; r < ROWS; ++r) {
+      for (int64_t r = 0; r < ROWS; ++r)
         mask_row<T>(p, {head / p.heads, head % p.heads, least(start + group + r, p.queries - 1), first}, block,
                     scores + r * KEYS);
-        factor[r] = soften_row(scores + r * KEYS, block, running[group + r]);
-      }
+      soften<ROWS>(scores, block, running + group, factor);
       add_values(scores, values, p.keys, job.vectors, first, block, factor, out + group * stride);
     }
   }
@@ -317,7 +339,8 @@ void query_task(void* data, size_t index) {
     const int64_t block = least(KEYS, p.keys - first);
     for (int64_t j = 0; j < block; ++j) scores[j] = product(q, k + (first + j) * n, n);
     mask_row<T>(p, {head / p.heads, head % p.heads, query, first}, block, scores);
-    const float factor = soften_row(scores, block, running);
+    float factor;
+    soften<1>(scores, block, &running, &factor);
     for (int64_t d = 0; d < n; d += WIDTH) {
       Vec sum = load(out + d) * factor;
       for (int64_t j = 0; j < block; ++j) sum += scores[j] * load(v + (first + j) * n + d, n - d);
