@@ -56,7 +56,6 @@ def attention_forms() -> Iterator[Form]:
         yield from (form(head_dim, dtype, bias=bias) for bias in (dtype, "bool"))
     for head_dim in GROUPED:
         yield form(head_dim, "fp16", queries=1)
-        yield from (form(head_dim, "fp16", bias=bias, causal=True) for bias in ("fp16", "bool"))
         for group in GROUPS:
             yield from (form(head_dim, "fp16", group=group, causal=causal) for causal in (False, True))
             yield from (form(head_dim, "fp16", group=group, bias=bias) for bias in ("fp16", "bool"))
@@ -105,7 +104,7 @@ def rope_forms() -> Iterator[Form]:
     ):
         if rotation != NO_ROTATION or weight:
             for unit in (8, 2):
-                angles = dtype if rotation else ""
+                angles = "fp32" if rotation else ""
                 yield Form(
                     "qk_norm_rope",
                     RopeProblem(MANY, 1, 1, head_dim, dtype, dtype if weight else "", angles, rotation, unit),

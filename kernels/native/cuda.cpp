@@ -277,8 +277,8 @@ void rope_on_cuda(const RopeProblem& p, bool half, void* stream) {
   const bool normed = p.sides[0].weight != nullptr;
   const int64_t rotation = !p.cos ? 0 : p.interleaved ? 1 : 2, size = half ? 2 : 4, span = p.tokens * p.head_dim;
   const auto fits = [&](const Kernel& k) {
-    return k.type("q") == pointer_type(half) && k["ROTATION"] == rotation && !k.type("q_weight").empty() == normed && (!rotation || k.type("cos") == pointer_type(false)) &&
-           k["HEADS"] == 1 && p.head_dim <= k["BLOCK"] && divides(k["UNIT"], {p.head_dim});
+    return k.type("q") == pointer_type(half) && k["ROTATION"] == rotation && !k.type("q_weight").empty() == normed &&
+           (!rotation || k.type("cos") == pointer_type(false)) && k["HEADS"] == 1 && p.head_dim <= k["BLOCK"] && divides(k["UNIT"], {p.head_dim});
   };
   const Kernel& k = chosen("qk_norm_rope", device,
                            text({{"head_dim", p.head_dim}, {"rotation", rotation}, {"normed", normed}, {"bits", half ? 16 : 32}}),
