@@ -85,3 +85,29 @@ def test_exact_attention_is_torchs_in_float64(shape: tuple[int, ...]) -> None:
     for causal in (False, True):
         torchs = torch.nn.functional.scaled_dot_product_attention(q, k, v, mask if causal else None, enable_gqa=True)
         assert kernel_cases.relative(kernel_cases.exact_attention(q, k, v, causal, rows), torchs) < 1e-12
+
+
+@pytest.mark.parametrize(
+    ("rows", "rule"),
+    [
+        ([(10, 64, True), (5, 64, False)], {"min_work": 10, "max_width": 64}),
+        ([(10, 64, True), (20, 512, False), (30, 64, True)], {"min_work": 10, "max_width": 64}),
+        ([(10, 64, False), (20, 64, False)], None),
+        ([(10, 64, True), (20, 64, False), (30, 64, True)], {"min_work": 30, "max_width": 64}),
+    ],
+)
+def test_a_threshold_takes_in_no_case_that_lost(rows: list[tuple[int, int, bool]], rule: dict[str, int] | None) -> None:
+    assert bench_kernels.threshold_of(rows) == rule
+
+
+def test_thresholds_come_from_right_results_alone() -> None:
+    """A kernel that was wrong has not won, whatever time it took."""
+
+    def case(state: str, ours: float, work: int) -> dict:
+        sides = {"ours": {"state": state, "median_ms": ours}, "eager": {"state": "measured", "median_ms": 2.0}}
+        return {"operation": "layer_norm", "size": [work, 64], "sides": sides}
+
+    assert bench_kernels.thresholds_from([case("measured", 1.0, 7), case("wrong", 1.0, 9)]) == {}
+    assert bench_kernels.thresholds_from([case("measured", 1.0, 7), case("measured", 3.0, 5)]) == {
+        "layer_norm": {"min_work": 7, "max_width": 64}
+    }

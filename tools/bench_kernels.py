@@ -10,6 +10,7 @@ no figure. Every sample has a cold L2; the sides of a case take turns in random 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -17,7 +18,7 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +136,8 @@ def measured_case(case: Case, timer: Timer, device: torch.device, rounds: int, l
         "case": case.name,
         "goal": case.goal,
         "against": case.against,
+        "operation": case.operation,
+        "size": list(case.size),
         "sides": sides,
         **ratio_of(case, sides, limits),
     }
@@ -263,10 +266,14 @@ def write_record(record: Mapping[str, Any], folder: Path) -> Path:
     """Writes the record whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{record['case']}.json"
-    temporary = path.with_suffix(f".{os.getpid()}")
-    temporary.write_text(json.dumps(record, indent=1) + "\n")
-    temporary.replace(path)
+    write_json(record, path)
     return path
+
+
+def write_json(what: Any, path: Path) -> None:
+    temporary = path.with_suffix(f".{os.getpid()}")
+    temporary.write_text(json.dumps(what, indent=1) + "\n")
+    temporary.replace(path)
 
 
 def table(folder: Path) -> str:
@@ -291,6 +298,52 @@ def table(folder: Path) -> str:
     return "\n".join(lines)
 
 
+# --- the tables of the kernels room ----------------------------------------------------------------------------------
+
+
+def threshold_of(rows: Sequence[tuple[int, int, bool]]) -> dict[str, int] | None:
+    """From (work, width, whether ours was faster than torch's own): the rule that takes in most cases and no loss."""
+    rules = []
+    for least, most in itertools.product({r[0] for r in rows}, {r[1] for r in rows}):
+        taken = [won for work, width, won in rows if work >= least and width <= most]
+        if taken and all(taken):
+            rules.append((len(taken), -least, most))
+    if not rules:
+        return None
+    _, least, most = max(rules)
+    return {"min_work": -least, "max_width": most}
+
+
+def thresholds_from(cases: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, int]]:
+    """Operation -> where `auto` takes Triton. An operation that nowhere won has none."""
+    rows: dict[str, list[tuple[int, int, bool]]] = {}
+    for case in cases:
+        sides = case["sides"]
+        own = next((sides[n] for n in ("default", "eager") if sides.get(n, {}).get("state") == "measured"), None)
+        if case["operation"] and own is not None:
+            won = sides["ours"]["state"] == "measured" and sides["ours"]["median_ms"] < own["median_ms"]
+            rows.setdefault(case["operation"], []).append((*case["size"], won))
+    found = {operation: threshold_of(of) for operation, of in rows.items()}
+    return {operation: rule for operation, rule in found.items() if rule is not None}
+
+
+def write_tables(records: Sequence[Mapping[str, Any]]) -> None:
+    """`thresholds.json` from this run's records, and `tuned.json` from what tuning measured on this device."""
+    from optimize.kernels import select, tuning
+
+    name = records[0]["device"]["name"]
+    said = {
+        "made": records[-1]["made"],
+        "commit": records[-1]["commit"]["revision"],
+        "records": [r["case"] for r in records],
+        "operations": thresholds_from(case for r in records for case in r["cases"]),
+    }
+    write_json({**select.thresholds(), name: said}, select.THRESHOLDS)
+    measured = tuning.table_of(tuning.cache_path()).get(name)
+    if measured:
+        write_json({**tuning.table_of(tuning.SHIPPED), name: measured}, tuning.SHIPPED)
+
+
 # --- the words -------------------------------------------------------------------------------------------------------
 
 
@@ -301,6 +354,7 @@ def parser() -> argparse.ArgumentParser:
     words.add_argument("--rounds", type=int, default=30, metavar="N")
     words.add_argument("--no-slow", action="store_true", help="leave out what compiles for long")
     words.add_argument("--tune", action="store_true", help="measure each kernel's search space first")
+    words.add_argument("--write-tables", action="store_true", help="tuned.json and thresholds.json of the kernels room")
     words.add_argument("--records", type=Path, default=ROOT / "profiles" / "records", metavar="DIR")
     words.add_argument("--table", action="store_true", help="print the records as markdown")
     return words
@@ -311,9 +365,12 @@ def run(args: argparse.Namespace) -> None:
         raise InputError("no rounds", got=args.rounds, expected="--rounds 1 or more")
     if args.family and args.device == "cuda" and not torch.cuda.is_available():
         raise MissingError("skipped: needs a GPU", got="torch sees none", mend="run it where there is one")
+    device, records = torch.device(args.device), []
     for family in args.family:
-        record = measured_family(family, torch.device(args.device), args.rounds, slow=not args.no_slow, tune=args.tune)
-        bench_machine.say(f"{family}: {write_record(record, args.records)}")
+        records.append(measured_family(family, device, args.rounds, slow=not args.no_slow, tune=args.tune))
+        bench_machine.say(f"{family}: {write_record(records[-1], args.records)}")
+    if args.write_tables and records and device.type == "cuda":
+        write_tables(records)
     if args.table:
         print(table(args.records))
 

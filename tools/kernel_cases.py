@@ -57,6 +57,8 @@ class Case:
     flops: float = 0.0
     least_bytes: int = 0
     slow: bool = False  # has sides that take seconds to compile
+    operation: str = ""  # and its size as `kernels.select` sees it, (work, width): what `auto`'s thresholds are made of
+    size: tuple[int, int] = (0, 0)
 
 
 class Sides(NamedTuple):
@@ -162,7 +164,8 @@ def attention_sides(h: Heads) -> Callable[[torch.device], Sides]:
 
 
 def attention(name: str, goal: str, h: Heads, against: str = "best") -> Case:
-    return Case(name, goal, against, attention_sides(h), h.flops(), h.least_bytes(), slow=h.flex)
+    size = (h.queries * h.keys, h.head_dim)
+    return Case(name, goal, against, attention_sides(h), h.flops(), h.least_bytes(), h.flex, "attention", size)
 
 
 LENGTHS = (2048, 4096, 8192, 16384)
@@ -210,6 +213,10 @@ class Norm:
         words |= {"scale": scale, "shift": shift} if self.modulated else {}
         return K.rms_norm(x, weight, **words) if self.rms else K.layer_norm(x, weight, **words)
 
+    @property
+    def operation(self) -> str:
+        return ("add_" if self.residual else "") + ("rms_norm" if self.rms else "layer_norm")
+
     def passes(self) -> int:
         return 4 if self.residual else 2
 
@@ -253,7 +260,12 @@ SIZES: Mapping[str, tuple[str, tuple[int, int, int]]] = {
 def norm_case(name: str, norm: Norm, size: str) -> Case:
     goal, shape = SIZES[size]
     least = norm.passes() * 2 * shape[0] * shape[1] * shape[2]
-    return Case(f"{name}-{size}", goal, "copy", norm_sides(norm, *shape), least_bytes=least, slow=True)
+    batch, tokens, channels = shape
+    work = (batch * tokens * channels, channels)
+    sides = norm_sides(norm, *shape)
+    return Case(
+        f"{name}-{size}", goal, "copy", sides, least_bytes=least, slow=True, operation=norm.operation, size=work
+    )
 
 
 NORM_CASES = tuple(norm_case(n, norm, size) for (n, norm), size in itertools.product(NORMS.items(), SIZES))
@@ -286,7 +298,9 @@ VAE_SHAPES = ((1, 128, 1024, 1024), (1, 256, 512, 512), (1, 512, 256, 256), (1, 
 def group_norm_case(shape: tuple[int, int, int, int], channels_last: bool) -> Case:
     name = f"vae-{shape[1]}x{shape[2]}{'-channels-last' if channels_last else ''}"
     least = 2 * 2 * shape[0] * shape[1] * shape[2] * shape[3]
-    return Case(name, "G7", "eager", group_norm_sides(shape, channels_last), least_bytes=least)
+    sides, numbers = group_norm_sides(shape, channels_last), shape[0] * shape[1] * shape[2] * shape[3]
+    size = (numbers, numbers // shape[0] // 32)
+    return Case(name, "G7", "eager", sides, least_bytes=least, operation="group_norm", size=size)
 
 
 GROUP_NORMS = tuple(group_norm_case(s, last) for s in VAE_SHAPES for last in (False, True))
