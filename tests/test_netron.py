@@ -18,7 +18,9 @@ from pathlib import Path
 import onnx
 import pytest
 
+import optimize
 from optimize.errors import InputError, MissingError
+from optimize.kernels import functions
 from optimize.tools import cli, inspecting, netron
 
 pytest.importorskip("netron", reason="needs netron")
@@ -80,6 +82,29 @@ def test_the_unet_is_drawn(view: Path, tmp_path: Path) -> None:
     assert edges >= len(nodes)
     assert left == []  # what Netron reports never leaves the page
     assert (tmp_path / "unet.png").stat().st_size > 10_000
+
+
+@needs_chromium
+def test_a_node_of_ours_opens_its_body(tmp_path: Path) -> None:
+    sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright")
+    optimize.export("arch:llama@tiny", tmp_path / "d", kernels=True)
+    (path,) = (tmp_path / "d").glob("*/*.view.onnx")
+    with served(path) as url, sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-dev-shm-usage"])
+        page = browser.new_page(viewport={"width": 1600, "height": 1200})
+        page.add_init_script(KEEP_EVAL)
+        page.route(lambda asked: not asked.startswith(url), lambda route: route.abort())
+        page.goto(url)
+        ours = page.locator('g.node:has(g.node-item-type text:text-is("RotaryQK"))').first
+        ours.wait_for(state="attached", timeout=30_000)
+        ours.locator('g.node-item-type:has(text:text-is("ƒ"))').dispatch_event("click")
+        body = page.locator('g.node-item-type text:text-is("RotaryEmbedding")')
+        body.first.wait_for(state="attached", timeout=30_000)
+        texts = page.locator("g.node-item-type text").all_text_contents()
+        page.screenshot(path=tmp_path / "body.png")
+        browser.close()
+    standard = [node.op_type for node in functions.function("RotaryQK").node]
+    assert sorted(texts) == sorted(standard)  # and no node of the graph that it was opened from
 
 
 # --- the server ------------------------------------------------------------------------------------------------------
