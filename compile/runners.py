@@ -181,7 +181,7 @@ class OnnxRuntimeRunner:
         if not self.optimize:
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         if self.native is not False and uses_kernels(self.path):
-            library = native_library(required=self.native is True)
+            library = native_library(self.provider, required=self.native is True)
             if library is not None:
                 options.register_custom_ops_library(str(library))
         self._session = ort.InferenceSession(str(self.path), options, providers=[self.provider])
@@ -211,16 +211,25 @@ def uses_kernels(path: Path) -> bool:
     return DOMAIN.encode() in path.read_bytes()
 
 
-def native_library(*, required: bool = False) -> Path | None:
-    """The operator library for ONNX Runtime; without it None, or MissingError where it is `required`."""
-    from optimize import kernels
+def native_library(provider: str = "CPUExecutionProvider", *, required: bool = False) -> Path | None:
+    """The operator library for ONNX Runtime; where it has nothing for the provider None, or MissingError where it is
+    `required`."""
+    from optimize.kernels.native_library import cubins, ort_library
 
     try:
-        return Path(kernels.ort_library())
+        library = ort_library()
+        if provider != "CPUExecutionProvider" and not cubins(library):
+            raise MissingError(
+                "the native library was built without GPU kernels",
+                got=library,
+                expected=f"kernels for {provider}",
+                mend="build it with OPTIMIZE_CUBINS (see kernels/native_cubins.py), or run the nodes' bodies",
+            )
     except MissingError:
         if required:
             raise
         return None
+    return library
 
 
 BACKENDS: Mapping[str, Callable[[Path], OnnxRuntimeRunner]] = {"onnxruntime": OnnxRuntimeRunner}

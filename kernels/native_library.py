@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import sys
 from pathlib import Path
 
 from optimize.errors import MissingError
 
-SUFFIX = {"win32": ".dll", "darwin": ".so"}.get(sys.platform, ".so")
-NAME = f"optimize_ort{SUFFIX}"
+NAME = "optimize_ort.dll" if sys.platform == "win32" else "optimize_ort.so"
 
 
 def ort_library() -> Path:
@@ -28,3 +28,10 @@ def ort_library() -> Path:
         expected="the package's own build to have made it, with CMake and a C++17 compiler",
         mend="install a C++ compiler (g++ or clang++) and run `pip install --force-reinstall --no-deps .` again",
     )
+
+
+def cubins(library: Path) -> int:
+    """How many compiled Triton kernels the library carries. With none it must stay out of a CUDA session: ONNX Runtime
+    would give it the nodes, and they could not run."""
+    count: int = ctypes.CDLL(str(library)).optimize_kernels_cubins()
+    return count

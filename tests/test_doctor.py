@@ -30,7 +30,9 @@ def versions(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
 
 def test_every_check_answers_and_each_failure_says_how_to_mend_it() -> None:
     checks = doctor()
-    assert [check.name for check in checks] == ["python", *PACKAGES.split(), "chromium", "disk", "memory"]
+    rest = ["chromium", "disk", "memory"]
+    assert [check.name for check in checks if check.name != "native library"] == ["python", *PACKAGES.split(), *rest]
+    assert next(check.ok for check in checks if check.name == "native library")  # the package's build made it
     assert all(check.detail for check in checks)
     assert all(check.mend for check in checks if not check.ok)
     assert all(check.mend is None for check in checks if check.ok)

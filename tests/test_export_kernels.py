@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from optimize.compile import runners
 from optimize.compile.bundle import Bundle
 from optimize.compile.runners import OnnxRuntimeRunner, uses_kernels
 from optimize.errors import InputError, MissingError
@@ -80,3 +81,11 @@ def test_without_the_library_only_who_insists_is_refused(bundle: Path, monkeypat
         assert runner.name == "onnxruntime"
     with pytest.raises(MissingError, match="not built"), OnnxRuntimeRunner(bundle / path, native=True):
         pass
+
+
+def test_a_library_without_gpu_kernels_stays_out_of_a_cuda_session() -> None:
+    assert native_library.cubins(native_library.ort_library()) == 0  # what the package's own build carries
+    assert runners.native_library("CUDAExecutionProvider") is None
+    with pytest.raises(MissingError, match="built without GPU kernels"):
+        runners.native_library("CUDAExecutionProvider", required=True)
+    assert runners.native_library() == native_library.ort_library()

@@ -93,6 +93,16 @@ def tensorrt_rtx() -> Check:
     return _flavour_check(flavours()[1], "pip install tensorrt-rtx")
 
 
+def native_library() -> Check:
+    """Our operators for ONNX Runtime. Graphs of `--kernels` run without it too, by the bodies of their nodes."""
+    from optimize.kernels.native_library import ort_library
+
+    try:
+        return Check("native library", True, str(ort_library()))
+    except MissingError as error:
+        return Check("native library", False, f"{error.what}; graphs of --kernels run by their bodies", error.mend)
+
+
 def chromium() -> Check:
     """Only the browser test of the Netron view needs it; Netron itself uses any browser."""
     path = next(filter(None, map(shutil.which, CHROMIUM)), None)
@@ -118,6 +128,7 @@ CHECKS: tuple[Callable[[], Check], ...] = (
     lambda: package("triton", "pip install triton (Linux only)"),
     lambda: package("onnx"),
     onnxruntime,
+    native_library,
     tensorrt,
     tensorrt_rtx,
     lambda: package("diffusers"),
