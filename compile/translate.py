@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections import Counter
+from collections import ChainMap, Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias, cast
@@ -355,7 +355,8 @@ class Translator:
             empties=any(axis.min == 0 for axis in component.axes.values()),
             reserved=(*(spec.name for spec in component.inputs), *component.outputs),
         )
-        self.emitters, self.ignored = {**EMITTERS, **KERNEL_EMITTERS}, IGNORED
+        self.emitters: Mapping[str, Any] = ChainMap(cast(Any, EMITTERS), cast(Any, KERNEL_EMITTERS))
+        self.ignored = IGNORED
         self.checkpoint_names = set(traced.module.state_dict())
         self.env: dict[FxNode, Any] = {}
         self.region = ""  # the inlined regions that the walk is in: their nodes have names of their own

@@ -33,8 +33,10 @@ Written by `pytest tests/test_support.py --write-support`, which exports each of
 command, proves parity at three sets of sizes and verifies the bundle again; the same test checks this table each time.
 Errors are relative to eager fp32 (L2), the worst over outputs and sizes; an empty cell was not run for this table.
 
-| source | component | class | varying sizes | nodes | fp32 | fp16 | bf16 |
-|---|---|---|---|---|---|---|---|
+`kernels` is fp32 with `--kernels`, run by the functions' bodies; the native library passed the same gate.
+
+| source | component | class | varying sizes | nodes | fp32 | fp16 | bf16 | kernels |
+|---|---|---|---|---|---|---|---|---|
 """
 
 
@@ -42,6 +44,7 @@ def rows_of(name: str, folder: Path, precisions: list[str]) -> dict[tuple[str, s
     """Exports and verifies; gives (source, component) -> column -> text."""
     words = [w for p in precisions for w in ("--precision", p)]
     assert main(["export", f"arch:{name}@tiny", "--out", str(folder), *words]) == 0
+    assert main(["export", f"arch:{name}@tiny", "--out", str(folder), "--kernels"]) == 0
     assert main(["verify", str(folder), "--json"]) == 0
     bundle = Bundle.read(folder)
     rows: dict[tuple[str, str], dict[str, str]] = {}
@@ -50,8 +53,9 @@ def rows_of(name: str, folder: Path, precisions: list[str]) -> dict[tuple[str, s
         assert artifact.parity is not None and artifact.parity.passed
         assert {s.name for s in artifact.parity.shapes} == {"traced", "untraced", "smallest"}
         row = rows.setdefault((name, record.name), {"class": record.class_name, "axes": ", ".join(record.axes)})
-        row[str(artifact.spec["precision"])] = f"{artifact.parity.worst:.0e}"
-        if artifact.spec["precision"] == "fp32":
+        column = "kernels" if artifact.spec["kernels"] else str(artifact.spec["precision"])
+        row[column] = f"{artifact.parity.worst:.0e}"
+        if column == "fp32":
             row["nodes"] = str(artifact.spec["nodes"])
     return rows
 
@@ -64,7 +68,7 @@ def line_of(key: tuple[str, str], row: dict[str, str]) -> str:
         row["class"],
         row["axes"],
         row.get("nodes", ""),
-        *(row.get(p, "") for p in ("fp32", "fp16", "bf16")),
+        *(row.get(p, "") for p in ("fp32", "fp16", "bf16", "kernels")),
     ]
     return "| " + " | ".join(cells) + " |"
 
