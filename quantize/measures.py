@@ -7,6 +7,9 @@ difference and are left out.
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 
@@ -100,3 +103,45 @@ def _vectors(got: torch.Tensor, exact: torch.Tensor) -> tuple[torch.Tensor, torc
     a, b = (t.detach().double().reshape(-1) for t in (got, exact))
     agreed = (a == b) & a.isinf()
     return a.masked_fill(agreed, 0.0), b.masked_fill(agreed, 0.0)
+
+
+# --- budgets ---------------------------------------------------------------------------------------------------------
+
+MEASURES: Mapping[str, Callable[..., float]] = {"cosine": cosine, "snr": snr, "psnr": psnr, "ssim": ssim}
+"""Figure name -> what computes it. More is better in all of them."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """`figure` has to be at least `limit` (`sign` ">="), or at most ("<="). NaN meets no budget."""
+
+    figure: str
+    sign: str
+    limit: float
+
+    def met(self, value: float) -> bool:
+        return value >= self.limit if self.sign == ">=" else value <= self.limit
+
+    def __str__(self) -> str:
+        return f"{self.figure}{self.sign}{self.limit:g}"
+
+
+def budget_from_text(text: str, signs: Mapping[str, str] = dict.fromkeys(MEASURES, ">=")) -> Budget:
+    """`cosine>=0.999` becomes a Budget; `signs` are the figures that there are, and which way each is better.
+
+    Raises InputError for other words, other figures, and a sign that would ask for something bad.
+    """
+    match = re.fullmatch(r"\s*([\w-]+)\s*(>=|<=)\s*(\S+)\s*", text)
+    try:
+        figure, sign, limit = match.group(1), match.group(2), float(match.group(3))  # type: ignore[union-attr]
+    except (AttributeError, ValueError) as e:
+        raise InputError(
+            "--budget was not understood", got=text, expected="FIGURE>=NUMBER", mend="such as --budget 'cosine>=0.999'"
+        ) from e
+    if signs.get(figure) != sign or math.isnan(limit):
+        raise InputError(
+            "--budget asks for something that is not measured",
+            got=text,
+            expected=", ".join(f"{f}{s}..." for f, s in signs.items()),
+        )
+    return Budget(figure, sign, limit)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from optimize.errors import InputError
-from optimize.quantize.measures import cosine, psnr, snr, ssim
+from optimize.quantize.measures import budget_from_text, cosine, psnr, snr, ssim
 
 ALL = (cosine, snr, psnr, ssim)
 VECTOR = (cosine, snr, psnr)
@@ -149,3 +149,18 @@ def test_other_shapes_are_refused(measure: Callable[..., float]) -> None:
 def test_ssim_of_no_images_is_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(InputError, match="SSIM needs images"):
         ssim(torch.zeros(shape), torch.ones(shape))
+
+
+def test_budgets() -> None:
+    budget = budget_from_text("cosine>=0.999")
+    assert [budget.met(v) for v in (1.0, 0.999, 0.998, math.nan)] == [True, True, False, False]
+    assert str(budget) == "cosine>=0.999"
+    less = budget_from_text(" fid <= 2e1 ", {"fid": "<="})
+    assert (less.met(20), less.met(21), less.met(math.nan)) == (True, False, False)
+
+
+@pytest.mark.parametrize("text", ["cosine", "cosine>0.9", "cosine>=", "cosine>=many", "cosine<=0.9", "shine>=1", ""])
+def test_budgets_that_say_nothing(text: str) -> None:
+    with pytest.raises(InputError, match="--budget") as raised:
+        budget_from_text(text)
+    assert text in str(raised.value)
