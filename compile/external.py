@@ -31,6 +31,8 @@ SAFETENSORS_TYPES = {
     ir.DataType.INT8: "I8",
     ir.DataType.UINT8: "U8",
     ir.DataType.BOOL: "BOOL",
+    ir.DataType.FLOAT8E4M3FN: "F8_E4M3",
+    ir.DataType.INT4: "U8",  # two in a byte, the file's type for bytes
 }
 
 
@@ -104,7 +106,7 @@ def header_of(model: ir.Model, metadata: Mapping[str, str] | None = None) -> byt
     for key, tensor in ordered(model).items():
         header[key] = {
             "dtype": SAFETENSORS_TYPES[tensor.dtype],
-            "shape": [int(d) for d in tensor.shape.numpy()],
+            "shape": [tensor.nbytes] if tensor.dtype == ir.DataType.INT4 else [int(d) for d in tensor.shape.numpy()],
             "data_offsets": [offset, offset + tensor.nbytes],
         }
         offset += tensor.nbytes

@@ -1,0 +1,346 @@
+"""Q and DQ go into a graph, where the runtime that will run it needs them; weights become numbers of few bits.
+
+ONNX Runtime's CPU kernels: a quantizer of its own for every MatMul, and a convolution's output quantized as well. A
+bias of rank 1 after a MatMul has to go: ONNX Runtime would merge the two into a Gemm, for which there is no int8
+kernel here (20 times slower than fp32, or a session that does not load). A bias of rank 3 is left alone.
+TensorRT: inputs and weights, nothing else; it finds the rest by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from optimize.compile.onnx_model import drop_unused_initializers
+from optimize.errors import InputError
+
+from .calibrate import Calibration
+from .scales import Array, amax_of, quantize, scale_of, spread, weight_scale
+from .schemes import FORMATS, Format, Scheme
+from .sites import Site
+from .smooth import Smoothing
+
+
+@dataclass(frozen=True)
+class Placement:
+    """All that decides where Q and DQ go and with which scales."""
+
+    scheme: Scheme
+    runtime: str
+    method: str
+    sites: Sequence[Site]
+    calibration: Calibration | None = None
+    smoothing: Mapping[str, Smoothing] | None = None
+
+    @property
+    def format(self) -> Format:
+        return FORMATS[self.scheme.weights]
+
+    def chosen(self) -> list[Site]:
+        return [s for s in self.sites if not s.stays]
+
+    def taps(self) -> list[str]:
+        """The values whose ranges this needs."""
+        if self.scheme.activations != "static":
+            return []
+        outputs = [s.output for s in self.chosen() if quantizes_output(self, s)]
+        return list(dict.fromkeys([name for s in self.chosen() for name in s.reads] + outputs))
+
+    def scale(self, value: str) -> float:
+        """The scale of an activation. Raises InputError where calibration has not seen it."""
+        seen = self.calibration.seen.get(value) if self.calibration else None
+        if seen is None or not seen.histogram.counts.any():
+            raise InputError(f"{value} was not calibrated", mend="calibrate again without the cache")
+        return float(scale_of(amax_of(seen.histogram, self.method, self.format), self.format))
+
+
+def quantizes_output(p: Placement, s: Site) -> bool:
+    return p.scheme.activations == "static" and p.runtime == "onnxruntime" and s.kind == "conv"
+
+
+class QuantizedWeight(ir.LazyTensor):
+    """A weight of few bits: read, smoothed and rounded when it is written."""
+
+    def __init__(self, name: str, dtype: ir.DataType, shape: Sequence[int], make: Callable[[], Array]) -> None:
+        super().__init__(
+            lambda: ir.tensor(stored(make(), dtype), dtype=dtype),
+            dtype=dtype,
+            shape=ir.Shape(list(shape)),
+            name=name,
+            cache=False,
+        )
+
+
+def stored(numbers: Array, dtype: ir.DataType) -> Array:
+    if dtype == ir.DataType.INT4:
+        import ml_dtypes
+
+        return numbers.astype(ml_dtypes.int4)
+    return numbers
+
+
+def placed(model: ir.Model, p: Placement) -> ir.Model:
+    """The graph with the placement's Q and DQ in it; `model` itself is changed. Weights are made when it is written."""
+    builder = Builder(model, p)
+    nodes = {str(n.name): n for n in model.graph}
+    for smoothing in (p.smoothing or {}).values():
+        builder.fold(smoothing)
+    for s in p.chosen():
+        builder.site(nodes[s.name], s)
+    drop_unused_initializers(model)
+    domain = model.graph.opset_imports
+    domain.setdefault("", 23)
+    return model
+
+
+class Builder:
+    """One graph being quantized. Values of a site are named after it: `path/MatMul/x.q`, `.../x.dq`, `weight.q`."""
+
+    def __init__(self, model: ir.Model, p: Placement) -> None:
+        self.model, self.graph, self.p = model, model.graph, p
+        self.shared: dict[str, ir.Value] = {}
+
+    def fold(self, smoothing: Smoothing) -> None:
+        for name in smoothing.folded:
+            value = self.graph.initializers[name]
+            tensor = value.const_value
+            assert tensor is not None
+            array = tensor.numpy()
+            value.const_value = ir.tensor(
+                (array.astype(np.float32) / smoothing.divisor).astype(array.dtype), dtype=tensor.dtype, name=name
+            )
+
+    def site(self, node: ir.Node, s: Site) -> None:
+        if s.kind == "attention":
+            for i, name in enumerate(s.reads):
+                self.through(node, i, name)
+            return
+        if node.op_type == "Gemm":
+            node = self.as_matmul(node, s)
+        if self.p.scheme.activations == "dynamic":
+            self.dynamic(node, s)
+            return
+        if self.p.scheme.activations == "static":
+            self.through(node, 0, s.activation)
+        node.replace_input_with(1, self.weight(node, s))
+        if self.p.scheme.activations == "static" and self.p.runtime == "onnxruntime":
+            if s.kind == "conv":
+                self.after(node, s)
+            else:
+                self.lift_bias(node)
+
+    # --- pieces ---
+
+    def constant(self, name: str, array: Array, dtype: ir.DataType | None = None) -> ir.Value:
+        tensor = ir.tensor(array, dtype=dtype, name=name)
+        return self.register(name, tensor)
+
+    def register(self, name: str, tensor: ir.TensorProtocol) -> ir.Value:
+        value = ir.Value(
+            name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape.numpy()), const_value=tensor
+        )
+        self.graph.register_initializer(value)
+        return value
+
+    def make(
+        self,
+        op: str,
+        inputs: Sequence[ir.Value | None],
+        name: str,
+        kinds: Sequence[ir.DataType],
+        like: Any,
+        **attrs: Any,
+    ) -> list[ir.Value]:
+        node = ir.node(op, list(inputs), attrs or None, num_outputs=len(kinds), name=name)
+        for i, (value, kind) in enumerate(zip(node.outputs, kinds, strict=True)):
+            value.name = name if i == 0 else f"{name}.{i}"
+            value.type = ir.TensorType(kind)
+            value.shape = like if i == 0 else ir.Shape([])
+        self.made = node
+        return list(node.outputs)
+
+    def pair(self, x: ir.Value, seen: str, name: str, anchor: ir.Node, before: bool) -> ir.Value:
+        """Q and DQ of a value that was calibrated as `seen`, static scale, zero point 0."""
+        kind, few = base_of(x), stored_as(self.p)
+        scale = self.constant(f"{name}.scale", np.array(self.p.scale(seen), numpy_of(kind)))
+        zero = self.constant(f"{name}.zero", zero_of(few), few)
+        (q,) = self.make("QuantizeLinear", [x, scale, zero], f"{name}.q", [few], x.shape)
+        nodes = [self.made]
+        (dq,) = self.make("DequantizeLinear", [q, scale, zero], f"{name}.dq", [kind], x.shape)
+        nodes.append(self.made)
+        (self.graph.insert_before if before else self.graph.insert_after)(anchor, nodes)
+        return dq
+
+    def through(self, node: ir.Node, index: int, seen: str) -> None:
+        """Sends an input of the node through Q and DQ; for TensorRT all readers of a value share them.
+
+        What comes from a quantized output already has the same scale: it is read as it is."""
+        x = node.inputs[index]
+        assert x is not None
+        maker = x.producer()
+        if maker is not None and maker.op_type == "DequantizeLinear":
+            return
+        if self.p.runtime == "onnxruntime":
+            node.replace_input_with(index, self.pair(x, seen, f"{node.name}/x", node, True))
+            return
+        if seen not in self.shared:
+            self.shared[seen] = self.pair(x, seen, f"{seen}/shared", node, True)
+        node.replace_input_with(index, self.shared[seen])
+
+    def after(self, node: ir.Node, s: Site) -> None:
+        """Q and DQ of the node's output. A graph output keeps its name."""
+        out = node.outputs[0]
+        users, final = list(out.uses()), out.is_graph_output()
+        dq = self.pair(out, s.output, f"{s.name}/y", node, False)
+        for use in users:
+            use.node.replace_input_with(use.idx, dq)
+        if final:
+            index = list(self.graph.outputs).index(out)
+            name = str(out.name)
+            out.name, dq.name = f"{name}.raw", name
+            self.graph.outputs[index] = dq
+
+    def weight(self, node: ir.Node, s: Site) -> ir.Value:
+        """The dequantized weight; a weight that several nodes read is made once where all smooth it alike."""
+        numbers, scale, shape = self.numbers(s)
+        value = node.inputs[1]
+        assert value is not None
+        kind = base_of(value)
+        few = ir.DataType[self.p.format.onnx]
+        axis, block = (0, self.p.scheme.block) if self.block(s) else (self.axis(s), 0)
+        key = f"{s.weight}|{s.activation if self.smoothed(s) is not None else ''}"
+        if key in self.shared and self.p.runtime == "tensorrt":
+            return self.shared[key]
+        name = self.fresh(s.weight)
+        q = self.register(f"{name}.{self.p.format.name}", QuantizedWeight(name, few, shape, numbers))
+        scales = self.constant(f"{name}.scale", scale.astype(numpy_of(kind)))
+        attrs = {"axis": axis, **({"block_size": block} if block else {})}
+        (dq,) = self.make("DequantizeLinear", [q, scales], f"{name}.dq", [kind], ir.Shape(list(shape)), **attrs)
+        self.graph.insert_before(node, self.made)
+        self.shared[key] = dq
+        return dq
+
+    def fresh(self, name: str) -> str:
+        names, i = self.graph.initializers, 1
+        wanted = name
+        while f"{wanted}.scale" in names:
+            i += 1
+            wanted = f"{name}.{i}"
+        return wanted
+
+    def axis(self, s: Site) -> int:
+        """Linear weights are `[in, out]` once a Gemm has become a MatMul."""
+        return 1 if s.kind == "linear" else 0
+
+    def block(self, s: Site) -> bool:
+        return bool(self.p.scheme.block) and s.kind == "linear"
+
+    def smoothed(self, s: Site) -> Array | None:
+        found = (self.p.smoothing or {}).get(s.activation)
+        return None if found is None or s.kind != "linear" else found.divisor
+
+    def numbers(self, s: Site) -> tuple[Callable[[], Array], Array, tuple[int, ...]]:
+        """(what makes the numbers, their scales, their shape) of a site's weight."""
+        tensor = self.graph.initializers[s.weight].const_value
+        assert tensor is not None
+        divisor, fmt, axis = self.smoothed(s), self.p.format, self.axis(s)
+        block = self.p.scheme.block if self.block(s) else 0
+
+        def floats() -> Array:
+            array = np.asarray(tensor.numpy(), np.float32)
+            array = array.T if s.kind == "linear" and s.axis == 0 else array
+            return array * divisor[:, None] if divisor is not None else array
+
+        whole = floats()
+        scale = weight_scale(whole, fmt, axis, block)
+        shape = whole.shape
+
+        def make() -> Array:
+            return quantize(floats(), spread(scale, shape, axis, block), fmt)
+
+        return make, scale, shape
+
+    def as_matmul(self, node: ir.Node, s: Site) -> ir.Node:
+        """A Gemm as MatMul and Add: DQ's axis is then the same for all linear sites."""
+        x, w = node.inputs[0], node.inputs[1]
+        bias = node.inputs[2] if len(node.inputs) > 2 else None
+        out = node.outputs[0]
+        assert x is not None and w is not None
+        name = str(out.name)
+        product = ir.node("MatMul", [x, w], name=str(node.name), metadata_props=dict(node.metadata_props))
+        last = product.outputs[0]
+        last.type, last.shape = out.type, out.shape
+        nodes = [product]
+        if bias is not None:
+            last.name = f"{name}.product"
+            add = ir.node("Add", [last, bias], name=f"{node.name}/Add", metadata_props=dict(node.metadata_props))
+            nodes.append(add)
+            last = add.outputs[0]
+            last.type, last.shape = out.type, out.shape
+        out.replace_all_uses_with(last, replace_graph_outputs=True)
+        self.graph.insert_before(node, nodes)
+        self.graph.remove(node, safe=True)
+        last.name = name
+        return product
+
+    def lift_bias(self, node: ir.Node) -> None:
+        for use in list(node.outputs[0].uses()):
+            if use.node.op_type != "Add":
+                continue
+            bias = use.node.inputs[1 - use.idx]
+            tensor = bias.const_value if bias is not None else None
+            if tensor is None or len(tensor.shape) != 1:
+                continue
+            name = f"{bias.name}.lifted"  # type: ignore[union-attr]
+            lifted = self.graph.initializers.get(name)
+            if lifted is None:
+                lifted = self.constant(name, tensor.numpy().reshape(1, 1, -1), tensor.dtype)
+            use.node.replace_input_with(1 - use.idx, lifted)
+
+    def dynamic(self, node: ir.Node, s: Site) -> None:
+        """The pattern that ONNX Runtime runs as one DynamicQuantizeMatMul: scale and zero point of x at run time."""
+        make, scale, shape = self.numbers(s)
+        x, out = node.inputs[0], node.outputs[0]
+        assert x is not None
+        name, few, fp32 = self.fresh(s.weight), ir.DataType.INT8, ir.DataType.FLOAT
+        weight = self.register(f"{name}.int8", QuantizedWeight(name, few, shape, make))
+        scales = self.constant(f"{name}.scale", scale.astype(np.float32))
+        kinds, site = [ir.DataType.UINT8, fp32, ir.DataType.UINT8], s.name
+        q, sx, zx = self.make("DynamicQuantizeLinear", [x], f"{site}/x.q", kinds, x.shape)
+        nodes = [self.made]
+        (product,) = self.make("MatMulInteger", [q, weight, zx], f"{site}/int32", [ir.DataType.INT32], out.shape)
+        nodes.append(self.made)
+        (wide,) = self.make("Cast", [product], f"{site}/fp32", [fp32], out.shape, to=int(fp32))
+        nodes.append(self.made)
+        (both,) = self.make("Mul", [sx, scales], f"{site}/scale", [fp32], scales.shape)
+        nodes.append(self.made)
+        (y,) = self.make("Mul", [wide, both], f"{site}/y", [fp32], out.shape)
+        nodes.append(self.made)
+        name = str(out.name)
+        out.replace_all_uses_with(y, replace_graph_outputs=True)
+        self.graph.insert_before(node, nodes)
+        self.graph.remove(node, safe=True)
+        y.name = name
+
+
+def base_of(value: ir.Value) -> ir.DataType:
+    return value.dtype or ir.DataType.FLOAT
+
+
+def numpy_of(kind: ir.DataType) -> Any:
+    return kind.numpy()
+
+
+def stored_as(p: Placement) -> ir.DataType:
+    """The type of quantized activations. For ONNX Runtime uint8 around 128: the same numbers as int8 around 0, which its
+    x86 kernels turn into that anyway, by a pass that in 1.31 breaks graphs (a QuantizeLinear moved over a Transpose)."""
+    few = ir.DataType[p.format.onnx]
+    return ir.DataType.UINT8 if few == ir.DataType.INT8 and p.runtime == "onnxruntime" else few
+
+
+def zero_of(few: ir.DataType) -> Array:
+    return np.array(128 if few == ir.DataType.UINT8 else 0, few.numpy())
