@@ -14,7 +14,7 @@ from typing import Any
 import onnx_ir as ir
 import torch
 
-from optimize.compile.emulate import emulated_bf16
+from optimize.compile.emulate import emulated
 from optimize.compile.external import weight_maker
 from optimize.compile.feeds import feeds_for
 from optimize.compile.onnx_model import same_as
@@ -153,7 +153,7 @@ def value_of(
     part.opset_imports.update(model.opset_imports)
     piece = ir.Model(part, ir_version=model.ir_version, functions=list(model.functions.values()))
     file = path.with_name("departure.onnx")
-    ir.save(emulated_bf16(piece) if precision == "bf16" else piece, file)
+    ir.save(emulated(piece, "bf16") if precision == "bf16" else piece, file)
     given = widened(feeds) if precision == "bf16" else feeds
     try:
         with OnnxRuntimeRunner(file) as runner:
@@ -175,9 +175,9 @@ def write_reproduction(path: Path, component: Component, precision: str, sizes: 
         return "install polygraphy to have a command written here"
     G_LOGGER.severity = G_LOGGER.ERROR  # it writes on stdout otherwise
     if precision == "bf16":  # ONNX Runtime's CPU provider has no bf16 kernels: the same graph, emulated
-        emulated = path.with_name(f"{path.stem}.emulated.onnx")
-        ir.save(emulated_bf16(ir.load(path)), emulated)
-        path = emulated
+        copy = path.with_name(f"{path.stem}.emulated.onnx")
+        ir.save(emulated(ir.load(path), "bf16"), copy)
+        path = copy
     arrays = {k: t.numpy() if t.dtype != torch.bfloat16 else t.float().numpy() for k, t in feeds.items()}
     save_json([arrays], str(folder / "inputs.json"))
     results = RunResults()

@@ -1,6 +1,7 @@
 """A graph in pieces gives what it gives whole: at every budget, in every precision, and with each node in one piece."""
 
 from collections import Counter
+from functools import partial
 
 import onnx_ir as ir
 import pytest
@@ -8,13 +9,14 @@ import torch
 from torch import nn
 
 from optimize.compile import external
+from optimize.compile.emulate import emulated
 from optimize.compile.feeds import feeds_for
 from optimize.compile.onnx_model import Clock, graph_from_component
 from optimize.compile.runners import EagerRunner
+from optimize.compile.segments import as_it_is, piece_of, run_segments, segments_of
 from optimize.compile.spec import Axis, Component, TensorSpec
 from optimize.compile.translate import ORIGIN
 from optimize.profiles.parity import distance, widened
-from optimize.profiles.segments import piece_of, run_segments, segments_of
 
 AXES = (Axis("b", 1, 2, 16), Axis("t", 1, 3, 64))
 WHOLE = 1 << 62
@@ -68,9 +70,13 @@ def feeds_of(component, precision):
     return [widened(f) for f in feeds] if precision == "bf16" else feeds
 
 
+def change(precision):
+    return partial(emulated, precision="bf16") if precision == "bf16" else as_it_is
+
+
 def run(path, budget, component, precision):
     segments = segments_of(ir.load(path), budget)
-    return segments, run_segments(path, segments, feeds_of(component, precision), emulate=precision == "bf16")
+    return segments, run_segments(path, segments, feeds_of(component, precision), change(precision))
 
 
 @pytest.fixture(scope="module")

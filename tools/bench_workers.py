@@ -220,7 +220,7 @@ GATE = (
     "optimize.gate",
     "optimize.compile.runners",
     "optimize.profiles.parity",
-    "optimize.profiles.segments",
+    "optimize.compile.segments",
 )
 OPTIMUM_CONFIGS = "optimum.exporters.onnx.model_configs"
 PEERS = ("torch", UNET, "onnx")

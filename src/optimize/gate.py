@@ -8,6 +8,7 @@ import math
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -60,13 +61,16 @@ def parity_by_draws(
     path: Path, component: Component, precision: str, plan: Plan, say: Callable[[str], None], draws: int
 ) -> Parity:
     """One comparison with up to `draws` sets of feeds at each set of sizes."""
+    from optimize.compile import segments
+    from optimize.compile.emulate import emulated
     from optimize.compile.runners import OnnxRuntimeRunner, native_library, uses_kernels
-    from optimize.profiles import parity, segments
+    from optimize.profiles import parity
 
     known = parity.references(component, precision, streamed=plan.streamed, say=say, draws=draws)
     check_references(component, known)
     feeds = [dict(r.feeds) for r in known]
     emulate = precision == "bf16"
+    change = partial(emulated, precision=precision) if emulate else segments.as_it_is
     notes = []
     if emulate:
         feeds = [{k: t.float() if t.dtype == torch.bfloat16 else t for k, t in f.items()} for f in feeds]
@@ -79,7 +83,7 @@ def parity_by_draws(
             import onnx_ir as ir
 
             cut = segments.segments_of(ir.load(path), plan.segment_bytes if plan.streamed else 1 << 62)
-            outputs = segments.run_segments(path, cut, list(feeds), emulate=emulate)
+            outputs = segments.run_segments(path, cut, feeds, change)
             how = f"{len(cut)} segments" if len(cut) > 1 else "whole"
         else:
             with OnnxRuntimeRunner(path, native=False) as runner:

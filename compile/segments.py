@@ -5,7 +5,7 @@ Every node of the artifact itself is run, at real size and depth; only the order
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,15 @@ from typing import Any
 import onnx_ir as ir
 import torch
 
-from optimize.compile.emulate import emulated_bf16
-from optimize.compile.runners import OnnxRuntimeRunner
-from optimize.compile.translate import ORIGIN
+from .runners import OnnxRuntimeRunner
+from .translate import ORIGIN
 
 Tensors = dict[str, torch.Tensor]
 NEAR = 16  # nodes: no operator is written in more
+
+
+def as_it_is(piece: ir.Model) -> ir.Model:
+    return piece
 
 
 @dataclass(frozen=True)
@@ -71,23 +74,29 @@ def interfaces(model: ir.Model, groups: list[list[ir.Node]]) -> Iterator[Segment
 
 
 def run_segments(
-    path: Path, segments: list[Segment], feeds: list[Mapping[str, torch.Tensor]], *, emulate: bool
+    path: Path,
+    segments: list[Segment],
+    feeds: Sequence[Mapping[str, torch.Tensor]],
+    change: Callable[[ir.Model], ir.Model] = as_it_is,
 ) -> list[Tensors]:
-    """Runs the pieces of the graph at `path` for all feeds; gives the values of the last interface and all outputs."""
+    """Runs the pieces of the graph at `path`, each as `change` makes it, for all feeds.
+
+    Gives for each all outputs of the graph, and the outputs that `change` added to a piece.
+    """
     model = ir.load(path)
     last_use = {name: i for i, s in enumerate(segments) for name in s.inputs}
     outputs = {str(v.name) for v in model.graph.outputs}
+    between = {name for s in segments for name in (*s.inputs, *s.outputs)} | {n for f in feeds for n in f}
     known: list[Tensors] = [dict(f) for f in feeds]
     for i, segment in enumerate(segments):
-        piece = piece_of(model, segment)
         part = path.with_name(f"{path.stem}.segment.onnx")
-        ir.save(emulated_bf16(piece) if emulate else piece, part)
+        ir.save(change(piece_of(model, segment)), part)
         with OnnxRuntimeRunner(part) as runner:
             for values in known:
                 values.update(runner.infer({n: values[n] for n in segment.inputs}))
         part.unlink()
         for values in known:
-            for name in [n for n in values if last_use.get(n, -1) <= i and n not in outputs]:
+            for name in [n for n in values if n in between and last_use.get(n, -1) <= i and n not in outputs]:
                 del values[name]
     return known
 
