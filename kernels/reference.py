@@ -1,6 +1,7 @@
 """The operations in torch's own operators: what they mean, on any device. `impl="reference"` runs these.
 
-Statistics, softmax and rotations are computed in fp32 (float64 stays float64); results have the type of the input.
+Statistics, softmax and rotations are computed in fp32 (float64 stays float64); results have the type of the input,
+and lie in memory as the operators' fakes say: what is compiled ahead of time reads them so, unchecked.
 """
 
 from __future__ import annotations
@@ -66,18 +67,18 @@ def layer_norm(
     y = F.layer_norm(
         wide(x), x.shape[-1:], None if weight is None else wide(weight), None if bias is None else wide(bias), eps
     )
-    return modulated(y, scale, shift).to(x.dtype)
+    return modulated(y, scale, shift).to(x.dtype).contiguous()
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float, scale: Tensor | None, shift: Tensor | None) -> Tensor:
     y = F.rms_norm(wide(x), x.shape[-1:], None if weight is None else wide(weight), eps)
-    return modulated(y, scale, shift).to(x.dtype)
+    return modulated(y, scale, shift).to(x.dtype).contiguous()
 
 
 def added(x: Tensor, residual: Tensor, gate: Tensor | None) -> Tensor:
     """`residual + gate * x`, rounded once to the residual's type: what the next block adds to, and what is normed."""
     branch = wide(x) if gate is None else wide(gate) * wide(x)
-    return (wide(residual) + branch).to(residual.dtype)
+    return (wide(residual) + branch).to(residual.dtype).contiguous()
 
 
 def add_layer_norm(
