@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from optimize.compile.bundle import Bundle
     from optimize.compile.records import Artifact, ComponentRecord
     from optimize.compile.runners import Runner
+    from optimize.compile.sources import Source
     from optimize.compile.spec import Axis, Component
 
 BACKENDS = ("onnxruntime", "eager")
@@ -36,7 +37,6 @@ class LoadedComponent:
         Without `precision` the only one that the bundle has, else fp32. The artifact's digest is checked first.
         Raises InputError for an unknown backend or precision, GateError for a file that is not the proved one.
         """
-        from optimize.compile.runners import BACKENDS as RUNNERS
         from optimize.compile.runners import EagerRunner
 
         if backend not in BACKENDS:
@@ -45,6 +45,12 @@ class LoadedComponent:
         if backend == "eager":
             source = component_of(self.bundle, self.record.name, self.trust_remote_code)
             return EagerRunner(source, str(artifact.spec["precision"]))
+        return self.runner_of(artifact)
+
+    def runner_of(self, artifact: Artifact) -> Runner:
+        """ONNX Runtime of one ONNX artifact, whose digest is checked first."""
+        from optimize.compile.runners import BACKENDS as RUNNERS
+
         if artifact.spec["precision"] == "bf16":
             raise MissingError(
                 "ONNX Runtime's CPU provider has no bf16 kernels", mend="use fp32 or fp16, or an engine on a GPU"
@@ -52,7 +58,7 @@ class LoadedComponent:
         for parent in artifact.parents:
             self.bundle.check(self.bundle.manifest.artifacts[parent])
         self.bundle.check(artifact)
-        return RUNNERS[backend](self.bundle.path(artifact))
+        return RUNNERS["onnxruntime"](self.bundle.path(artifact))
 
     def onnx(self, precision: str | None = None) -> Artifact:
         """The ONNX artifact of a precision."""
@@ -94,7 +100,21 @@ def load(folder: Path | str, *, trust_remote_code: bool = False) -> LoadedBundle
 
 
 def component_of(bundle: Bundle, name: str, trust_remote_code: bool = False) -> Component:
-    """The component from the bundle's own source, with the axes that it was exported with.
+    """The component from the bundle's own source, with the axes that it was exported with."""
+    source = source_of(bundle, (name,), trust_remote_code)
+    found = next((c for c in source.components if c.name == name), None)
+    if found is None:
+        raise InputError(
+            f"the source {bundle.manifest.source} has no component {name} any more",
+            got=", ".join(c.name for c in source.components),
+            expected=name,
+            mend="export again",
+        )
+    return found.with_axes(axes_of(bundle, name))
+
+
+def source_of(bundle: Bundle, names: Sequence[str] = (), trust_remote_code: bool = False) -> Source:
+    """What the bundle was exported from, read again; of a pipeline the components `names` suffice.
 
     A manifest can name Python code as its source. Whoever made the bundle trusted that code; whoever opens it may be
     somebody else, and says so again.
@@ -110,7 +130,7 @@ def component_of(bundle: Bundle, name: str, trust_remote_code: bool = False) -> 
             mend="read that code, then --trust-remote-code (trust_remote_code=True)",
         )
     try:
-        source = source_from_text(manifest.source, Trust("pickle" in manifest.trust, trust_remote_code), (name,))
+        return source_from_text(manifest.source, Trust("pickle" in manifest.trust, trust_remote_code), names)
     except OptimizeError as e:
         raise type(e)(
             f"the source of {bundle.root} cannot be read any more: {e.what}",
@@ -118,15 +138,6 @@ def component_of(bundle: Bundle, name: str, trust_remote_code: bool = False) -> 
             expected="what it was exported from",
             mend="put it back, or export again from where it is now",
         ) from e
-    found = next((c for c in source.components if c.name == name), None)
-    if found is None:
-        raise InputError(
-            f"the source {manifest.source} has no component {name} any more",
-            got=", ".join(c.name for c in source.components),
-            expected=name,
-            mend="export again",
-        )
-    return found.with_axes(axes_of(bundle, name))
 
 
 def axes_of(bundle: Bundle, name: str) -> dict[str, Axis]:

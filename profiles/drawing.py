@@ -1,0 +1,209 @@
+"""Images through a diffusers pipeline whose networks are runners: its own loop, scheduler, tokenizers; our artifacts.
+
+A network of the pipeline stays as an object with its config and no weights (its memory is never touched); only its
+`forward`, or a VAE's `decode`, is replaced.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from optimize.compile.records import ComponentRecord
+from optimize.compile.runners import Runner
+from optimize.compile.spec import Component
+from optimize.errors import InputError
+
+DENOISERS = ("unet", "dit")
+DRAWN = (*DENOISERS, "text_encoder", "vae_decoder")
+"""Roles that a pipeline from text to an image is made of."""
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """What is drawn: a prompt and a seed per image. `guidance` None is the pipeline's own; sizes are in pixels."""
+
+    prompts: tuple[str, ...]
+    seeds: tuple[int, ...]
+    steps: int
+    guidance: float | None
+    height: int
+    width: int
+    batch: int
+
+
+def why_not_drawn(folder: Path | None, components: Mapping[str, ComponentRecord]) -> str | None:
+    """Why no image can be drawn through these components of the source in `folder`; None where it can."""
+    if folder is None or not (folder / "model_index.json").exists():
+        return "the source is no pipeline of diffusers"
+    roles = {c.role for c in components.values()}
+    if "vae_decoder" not in roles or not roles.intersection(DENOISERS):
+        return "the bundle has no denoiser with a VAE's decoder"
+    parameters = inspect.signature(pipeline_class(folder).__call__).parameters
+    if "prompt" not in parameters or "image" in parameters:
+        return f"{pipeline_class(folder).__name__} draws not from a prompt alone"
+    return None
+
+
+def pipeline_class(folder: Path) -> Any:
+    import diffusers
+
+    name = diffusers.DiffusionPipeline.load_config(str(folder), local_files_only=True)["_class_name"]
+    found = getattr(diffusers, name if isinstance(name, str) else "", None)
+    if found is None:
+        raise InputError(
+            "the pipeline's class is none of diffusers", got=name, expected="a class of the installed version"
+        )
+    return found
+
+
+def images_of(
+    folder: Path, parts: Mapping[str, tuple[Component, Runner]], drawing: Drawing, say: Callable[[str], None]
+) -> torch.Tensor:
+    """`[n, channels, height, width]` in 0..1: the drawing through the pipeline in `folder`.
+
+    `parts` gives by component name each network that the pipeline has to call, and the runner that stands in for it.
+    """
+    drawn = []
+    with pipeline_of(folder, parts) as pipeline, torch.inference_mode():
+        takes = inspect.signature(pipeline.__call__).parameters
+        words = {
+            "num_inference_steps": drawing.steps,
+            "height": drawing.height,
+            "width": drawing.width,
+            "output_type": "pt",
+            **({} if drawing.guidance is None else {"guidance_scale": drawing.guidance}),
+        }
+        for i in range(0, len(drawing.prompts), drawing.batch):
+            say(f"image {i + 1} of {len(drawing.prompts)}")
+            drawn.append(
+                pipeline(
+                    prompt=list(drawing.prompts[i : i + drawing.batch]),
+                    generator=[torch.Generator().manual_seed(s) for s in drawing.seeds[i : i + drawing.batch]],
+                    **{k: v for k, v in words.items() if k in takes},
+                ).images.float()
+            )
+    return torch.cat(drawn)
+
+
+@contextlib.contextmanager
+def pipeline_of(folder: Path, parts: Mapping[str, tuple[Component, Runner]]) -> Iterator[Any]:
+    """The diffusers pipeline in `folder` with runners for networks. The weights of those are not read."""
+    from diffusers.utils import logging
+
+    logging.disable_progress_bar()
+    cls = pipeline_class(folder)
+    config = cls.load_config(str(folder), local_files_only=True)
+    with contextlib.ExitStack() as stack:
+        given: dict[str, Any] = {}
+        for name, (component, runner) in parts.items():
+            part, method = ("vae", "decode") if component.role == "vae_decoder" else (name, "forward")
+            given[part] = stand_in(component, stack.enter_context(runner), method)
+        if "safety_checker" in config:  # it would blacken what is to be compared
+            given |= {"safety_checker": None, "requires_safety_checker": False}
+        pipeline = cls.from_pretrained(str(folder), local_files_only=True, **given)
+        pipeline.set_progress_bar_config(disable=True)
+        yield pipeline
+
+
+def stand_in(component: Component, runner: Runner, method: str) -> torch.nn.Module:
+    """The component's torch module without weights, whose `method` runs `runner` instead."""
+    module: torch.nn.Module = component.build()
+    module.__dict__.pop("forward", None)  # the adapter's
+    signature = inspect.signature(getattr(module, method))
+    role = component.role
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        call = signature.bind(*args, **kwargs).arguments
+        outputs = runner.infer(feeds_of_call(component, call))
+        return RESULTS[role]({n: t.float() if t.is_floating_point() else t for n, t in outputs.items()}, call)
+
+    module.__dict__[method] = run
+    return module.to_empty(device="cpu")  # torch takes no memory for what nobody writes
+
+
+def feeds_of_call(component: Component, call: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """A component's inputs from the arguments of a pipeline's call, whose names they share.
+
+    Raises InputError where the pipeline gives nothing for an input.
+    """
+    named = {k: v for k, v in call.items() if v is not None}
+    for nested in ("kwargs", "added_cond_kwargs"):
+        named |= {k: v for k, v in (named.get(nested) or {}).items() if v is not None}
+    feeds: dict[str, torch.Tensor] = {}
+    for spec in component.inputs:
+        name = {"latent": "z"}.get(spec.name, spec.name)
+        value = named.get(name)
+        if value is None and spec.name == "attention_mask":
+            value = torch.ones_like(named["input_ids"])
+        if value is None:
+            raise InputError(
+                f"the pipeline does not give {component.name} its input {spec.name}",
+                got=", ".join(sorted(named)),
+                expected=", ".join(t.name for t in component.inputs),
+            )
+        value = torch.as_tensor(value)
+        if spec.name == "timestep":
+            value = value.reshape(-1).expand(feeds[component.inputs[0].name].shape[0])
+        feeds[spec.name] = value.to(getattr(torch, spec.torch_dtype("fp32"))).contiguous()
+    return feeds
+
+
+def denoised(outputs: Mapping[str, torch.Tensor], call: Mapping[str, Any]) -> Any:
+    from diffusers.models.modeling_outputs import Transformer2DModelOutput
+
+    sample = outputs["out_sample"]
+    return Transformer2DModelOutput(sample) if call.get("return_dict", True) else (sample,)
+
+
+def encoded(outputs: Mapping[str, torch.Tensor], call: Mapping[str, Any]) -> Any:
+    """What transformers gives; of all hidden states the last but one, which is what diffusers reads."""
+    from transformers.modeling_outputs import BaseModelOutputWithPooling
+    from transformers.models.clip.modeling_clip import CLIPTextModelOutput
+
+    named = dict(outputs)
+    states = (named.pop("penultimate_hidden_state", None), named["last_hidden_state"])
+    kind = CLIPTextModelOutput if "text_embeds" in named else BaseModelOutputWithPooling
+    return kind(**named, hidden_states=states)
+
+
+def decoded(outputs: Mapping[str, torch.Tensor], call: Mapping[str, Any]) -> Any:
+    from diffusers.models.autoencoders.vae import DecoderOutput
+
+    return DecoderOutput(outputs["sample"]) if call.get("return_dict", True) else (outputs["sample"],)
+
+
+RESULTS: Mapping[str, Callable[[Mapping[str, torch.Tensor], Mapping[str, Any]], Any]] = {
+    "unet": denoised,
+    "dit": denoised,
+    "text_encoder": encoded,
+    "vae_decoder": decoded,
+}
+"""Role -> the object that a pipeline expects of such a network's call."""
+
+
+def drawing_of(
+    folder: Path, components: Mapping[str, ComponentRecord], count: int, seed: int, prompts: Sequence[str], steps: int
+) -> Drawing:
+    """`count` images of the prompts in turn, at the sizes that the artifacts are tuned for, in batches they take."""
+    sized = next(c.axes for role in DRAWN for c in components.values() if c.role == role and "height" in c.axes)
+    most = min(
+        c.axes["batch"].max // (2 if c.role in DENOISERS else 1)  # guidance doubles the denoiser's
+        for c in components.values()
+        if c.role in DRAWN and "batch" in c.axes
+    )
+    return Drawing(
+        prompts=tuple(prompts[i % len(prompts)] for i in range(count)),
+        seeds=tuple(range(1000 * seed, 1000 * seed + count)),
+        steps=steps,
+        guidance=None,
+        height=sized["height"].opt,
+        width=sized["width"].opt,
+        batch=max(most, 1),
+    )
