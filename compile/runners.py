@@ -20,6 +20,7 @@ from .onnx_model import same_as
 from .spec import Component
 from .streaming import DivergedError, groups_of, return_large_blocks, run_together, set_tensor, streamed_module
 from .trace import cast
+from .wide import WideHalf, WideRange, weight_in
 
 Feeds = Mapping[str, torch.Tensor]
 
@@ -44,8 +45,8 @@ def check_names(feeds: Feeds, expected: Sequence[str]) -> None:
 # --- eager -----------------------------------------------------------------------------------------------------------
 
 
-def loaded_module(component: Component, precision: str) -> torch.nn.Module:
-    """The torch module with its weights in this precision, tied ones shared."""
+def loaded_module(component: Component, precision: str, wide: bool = False) -> torch.nn.Module:
+    """The torch module with its weights in this precision, tied ones shared; `wide` as in `wide.weight_in`."""
     module = cast(component.build(), precision)
     weights = component.weights.bind(module)
     tied = same_as(module)
@@ -53,7 +54,7 @@ def loaded_module(component: Component, precision: str) -> torch.nn.Module:
     for name, slot in list(module.state_dict(keep_vars=True).items()):
         source = tied.get(name, name)
         if source not in made:
-            made[source] = weights.tensor(source).to(slot.dtype).reshape(slot.shape).contiguous()
+            made[source] = weight_in(weights.tensor(source), slot.dtype, wide).reshape(slot.shape).contiguous()
         set_tensor(module, name, made[source])
     return module
 
@@ -87,20 +88,25 @@ class HalfProducts(TorchFunctionMode):
 
 
 class EagerRunner:
-    """torch as it is: the reference. `streamed` reads each module's weights when it runs and forgets them after."""
+    """torch as it is: the reference. `streamed` reads each module's weights when it runs and forgets them after.
+
+    `wide` gives fp16 the range of fp32 (`compile/wide.py`); its outputs are fp32 then.
+    """
 
     name = "eager"
 
-    def __init__(self, component: Component, precision: str = "fp32", *, streamed: bool = False) -> None:
-        self.component, self.precision, self.streamed = component, precision, streamed
+    def __init__(
+        self, component: Component, precision: str = "fp32", *, streamed: bool = False, wide: bool = False
+    ) -> None:
+        self.component, self.precision, self.streamed, self.wide = component, precision, streamed, wide
         self._module: torch.nn.Module | None = None
 
     def __enter__(self) -> Self:
         if self.streamed:
             return_large_blocks()
-            self._module = streamed_module(self.component, self.precision)
+            self._module = streamed_module(self.component, self.precision, wide=self.wide)
         else:
-            self._module = loaded_module(self.component, self.precision)
+            self._module = loaded_module(self.component, self.precision, self.wide)
         return self
 
     def __exit__(
@@ -120,15 +126,20 @@ class EagerRunner:
         for group in groups_of(feeds):
             calls = [functools.partial(self.called, feeds=f) for f in group]
             try:
-                results += run_together(self.component, self.precision, calls)
+                results += run_together(self.component, self.precision, calls, self.wide)
             except DivergedError:
                 results += [self.infer(f) for f in group]
         return results
 
     def called(self, module: torch.nn.Module, feeds: Feeds) -> dict[str, torch.Tensor]:
         check_names(feeds, [t.name for t in self.component.inputs])
-        with torch.inference_mode(), HalfProducts():
-            outputs = module(*(feeds[t.name] for t in self.component.inputs))
+        given = [feeds[t.name] for t in self.component.inputs]
+        if self.wide:
+            with torch.no_grad(), WideRange():
+                outputs = [t.wide if isinstance(t, WideHalf) else t for t in module(*given)]
+        else:
+            with torch.inference_mode(), HalfProducts():
+                outputs = module(*given)
         return dict(zip(self.component.outputs, outputs, strict=True))
 
 

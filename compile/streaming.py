@@ -16,6 +16,7 @@ import torch
 from .onnx_model import same_as
 from .spec import Component
 from .trace import cast
+from .wide import weight_in
 
 M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 TOGETHER = 1 << 19  # input numbers of the runs that go in lockstep: their activations are in memory together
@@ -43,10 +44,13 @@ def fetch_alone(_: str, read: Callable[[], Tensors]) -> Tensors:
     return read()
 
 
-def streamed_module(component: Component, precision: str, fetch: Fetch = fetch_alone) -> torch.nn.Module:
+def streamed_module(
+    component: Component, precision: str, fetch: Fetch = fetch_alone, wide: bool = False
+) -> torch.nn.Module:
     """The module on meta, with hooks that bring each submodule's own tensors in before it runs and drop them after.
 
-    `fetch(path, read)` gives them. What stands beside submodules (a position table) stays as long as its module runs.
+    `fetch(path, read)` gives them; `wide` is for weights beyond fp16's range, see `wide.weight_in`. What stands beside
+    submodules (a position table) stays as long as its module runs.
     """
     module = cast(component.build(), precision)
     weights = component.weights.bind(module)
@@ -61,7 +65,8 @@ def streamed_module(component: Component, precision: str, fetch: Fetch = fetch_a
         def load(child: torch.nn.Module, _: Any, prefix: str = prefix, shapes: Any = shapes) -> None:
             def read() -> Tensors:
                 full = {n: f"{prefix}.{n}".lstrip(".") for n in shapes}
-                return {n: weights.tensor(tied.get(f, f)).to(checkpoint[f]).reshape(shapes[n]) for n, f in full.items()}
+                made = {n: weight_in(weights.tensor(tied.get(f, f)), checkpoint[f], wide) for n, f in full.items()}
+                return {n: tensor.reshape(shapes[n]) for n, tensor in made.items()}
 
             for n, tensor in fetch(prefix, read).items():
                 set_tensor(child, n, tensor)
@@ -109,10 +114,12 @@ class Lockstep:
         return self.held
 
 
-def run_together(component: Component, precision: str, calls: Sequence[Callable[[torch.nn.Module], Any]]) -> list[Any]:
+def run_together(
+    component: Component, precision: str, calls: Sequence[Callable[[torch.nn.Module], Any]], wide: bool = False
+) -> list[Any]:
     """Runs each call on a streamed module of its own, all in lockstep. Raises DivergedError where they part ways."""
     step = Lockstep(len(calls))
-    modules = [streamed_module(component, precision, step.fetch) for _ in calls]
+    modules = [streamed_module(component, precision, step.fetch, wide) for _ in calls]
     results: list[Any] = [None] * len(calls)
     errors: list[BaseException] = []
 
