@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, model_validator
 
-from .spec import PRECISIONS
+from .spec import PRECISIONS, QUANTIZED
 
 SCHEMA = 1
 
@@ -64,6 +64,76 @@ class Parity(Record):
         return max((o.relative for s in self.shapes for o in s.outputs), default=0.0)
 
 
+class Layer(Record):
+    """A place that multiplies by weights (or an attention), its precision and why it has that. `error` is what its
+    quantization alone does to the component's output (relative, L2), where that was measured; `gain` its millions of
+    products per sample."""
+
+    name: str
+    module: str
+    kind: str
+    precision: str
+    why: str = ""
+    error: float | None = None
+    gain: float | None = None
+
+
+class Quality(Record):
+    """One output against the base artifact's on held-out samples: means over them, and the lowest cosine."""
+
+    output: str
+    cosine: float
+    lowest: float
+    snr: float
+    psnr: float
+    samples: int
+
+
+class Latency(Record):
+    """Milliseconds, medians of interleaved runs in one process; `spread` is (p90 - p10) / median, the larger one."""
+
+    base: float
+    quantized: float
+    rounds: int
+    threads: int
+    spread: float
+    sizes: dict[str, int]
+
+    @property
+    def ratio(self) -> float:
+        return self.quantized / self.base
+
+
+class Receipt(Record):
+    """What became of each layer that could be quantized. The counts must agree; `lost` names those that do not.
+
+    `found` sites, of them `chosen` for few bits, `calibrated` (static schemes), `exported` with Q and DQ in the file,
+    and `kernels`: nodes of the optimized ONNX Runtime graph that compute in integers, or layers of an engine.
+    None where that stage does not apply."""
+
+    scheme: str
+    runtime: str
+    base: str
+    method: str
+    data: str
+    samples: int
+    budget: str
+    found: int
+    chosen: int
+    calibrated: int | None
+    exported: int
+    kernels: int | None
+    lost: list[str] = []
+    smoothed: int = 0
+    checks: int = 0
+    bytes_base: int
+    bytes_quantized: int
+    latency: Latency | None = None
+    quality: list[Quality] = []
+    layers: list[Layer] = []
+    headline: str = ""
+
+
 Kind = Literal["onnx", "weights", "view", "engine", "aoti"]
 
 
@@ -82,6 +152,7 @@ class Artifact(Record):
     versions: dict[str, str] = {}
     seconds: dict[str, float] = {}
     parity: Parity | None = None
+    receipt: Receipt | None = None
     downgrades: list[str] = []
     notes: list[str] = []
 
@@ -126,6 +197,6 @@ class Manifest(Record):
         for id_, artifact in self.artifacts.items():
             if id_ != artifact.id or artifact.component not in self.components:
                 raise ValueError(f"artifact {id_} calls itself {artifact.id} of component {artifact.component}")
-            if artifact.kind in ("onnx", "engine") and artifact.spec.get("precision") not in PRECISIONS:
+            if artifact.kind in ("onnx", "engine") and artifact.spec.get("precision") not in (*PRECISIONS, *QUANTIZED):
                 raise ValueError(f"artifact {id_} has the precision {artifact.spec.get('precision')}")
         return self

@@ -17,6 +17,8 @@ FLOAT = "float"  # stands for the component's own precision in a TensorSpec
 
 PRECISIONS: Mapping[str, str] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 """Precision name on the command line -> name of the torch (and NumPy / ml_dtypes) type."""
+QUANTIZED = ("int8", "int8-dynamic", "int8-weight", "fp8", "int4-weight")
+"""Precisions that are made of another one's graph; what they are stands in `optimize.quantize.schemes`."""
 
 
 @dataclass(frozen=True)

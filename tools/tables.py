@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
     from optimize.compile.bundle import Bundle
+    from optimize.compile.records import Layer
     from optimize.exporting import Plan
 
 Row = Mapping[str, Any]
@@ -104,3 +105,56 @@ def target_rows() -> list[Row]:
         }
         for t in TARGETS.values()
     ]
+
+
+def layer_rows(plan: Mapping[str, Sequence[Layer]]) -> list[Row]:
+    """What each layer would become, by component."""
+    return [
+        {"component": name, "layer": x.module, "kind": x.kind, "precision": x.precision, "why": x.why}
+        for name, layers in plan.items()
+        for x in layers
+    ]
+
+
+def show_receipts(bundle: Bundle, ids: Iterable[str], as_json: bool) -> None:
+    """Each quantized artifact: its headline first, then the counts; with sensitivities, the layers that cost most."""
+    wanted = set(ids)
+    made = [(a, a.receipt) for a in bundle.artifacts(kind="onnx") if a.id in wanted and a.receipt is not None]
+    if as_json:
+        show([{"artifact": a.id, "path": a.path, **r.model_dump()} for a, r in made], True)
+        return
+    for artifact, receipt in made:
+        print(f"{artifact.id}: {receipt.headline}")
+    show(
+        [
+            {
+                "artifact": a.id,
+                "found": r.found,
+                "chosen": r.chosen,
+                "calibrated": "" if r.calibrated is None else r.calibrated,
+                "exported": r.exported,
+                "kernels": "" if r.kernels is None else r.kernels,
+                "MB": f"{r.bytes_base / 1e6:.2f} -> {r.bytes_quantized / 1e6:.2f}",
+                "ms": f"{r.latency.base:.2f} -> {r.latency.quantized:.2f}" if r.latency else "",
+                "budget": r.budget,
+            }
+            for a, r in made
+        ],
+        False,
+    )
+    for artifact, receipt in made:
+        ranked = sorted((x for x in receipt.layers if x.error is not None), key=lambda x: -(x.error or 0))
+        if ranked:
+            print(f"{artifact.id}: what each layer alone does to the output, the worst first")
+            show(
+                [
+                    {
+                        "layer": x.module,
+                        "error": f"{x.error:.2e}",
+                        "M products": round(x.gain or 0, 2),
+                        "now": x.precision,
+                    }
+                    for x in ranked[:12]
+                ],
+                False,
+            )

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from optimize.errors import GateError, InputError, InternalError, MissingError, OptimizeError
     from optimize.exporting import export
     from optimize.loading import build, load, verify
+    from optimize.quantizing import quantize
     from optimize.tools.inspecting import inspect
 
 _WHERE = {
@@ -23,6 +24,7 @@ _WHERE = {
     "load": "loading",
     "verify": "loading",
     "build": "loading",
+    "quantize": "quantizing",
     "inspect": "tools.inspecting",
     "Component": "compile.spec",
     "Axis": "compile.spec",
@@ -49,6 +51,7 @@ __all__ = [
     "export",
     "inspect",
     "load",
+    "quantize",
     "verify",
 ]
 

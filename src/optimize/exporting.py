@@ -399,8 +399,11 @@ def adopt(
     seconds: Mapping[str, float],
     parity: Any,
     shared: Artifact | None,
+    *,
+    receipt: Any = None,
+    base: Artifact | None = None,
 ) -> None:
-    """Moves the files into the bundle and claims them, weights first."""
+    """Moves the files into the bundle and claims them, weights first. `base` is what a quantized graph was made of."""
     from optimize.compile.digests import digest_of_file
     from optimize.compile.records import Artifact, Kind
 
@@ -409,7 +412,7 @@ def adopt(
     kinds: dict[str, tuple[Kind, str, list[str]]] = {
         ".safetensors": ("weights", weights_id, []),
         ".view.onnx": ("view", f"{step.artifact}/view", [step.artifact]),
-        ".onnx": ("onnx", step.artifact, [weights_id]),
+        ".onnx": ("onnx", step.artifact, [weights_id, *([base.id] if base else [])]),
     }
     made: list[Artifact] = []
     for file in sorted(folder.iterdir(), key=lambda f: (f.suffix != ".safetensors", f.name)):
@@ -432,6 +435,7 @@ def adopt(
                 versions=versions() if kind == "onnx" else {},
                 seconds=dict(seconds) if kind == "onnx" else {},
                 parity=parity if kind == "onnx" else None,
+                receipt=receipt if kind == "onnx" else None,
             )
         )
     bundle.record(*made, component=step.component)
