@@ -127,11 +127,10 @@ class Builder:
         if self.p.scheme.activations == "static":
             self.through(node, 0, s.activation)
         node.replace_input_with(1, self.weight(node, s))
-        if self.p.scheme.activations == "static" and self.p.runtime == "onnxruntime":
-            if s.kind == "conv":
-                self.after(node, s)
-            else:
-                self.lift_bias(node)
+        if quantizes_output(self.p, s):
+            self.after(node, s)
+        if self.p.runtime == "onnxruntime" and s.kind == "linear" and s.rank > 2:
+            self.lift_bias(node)
 
     # --- pieces ---
 
