@@ -19,6 +19,7 @@ from optimize.compile.records import ComponentRecord
 from optimize.compile.runners import Runner
 from optimize.compile.spec import Component
 from optimize.errors import InputError
+from optimize.quantize.recording import arguments_of, feeds_from_call
 
 DENOISERS = ("unet", "dit")
 DRAWN = (*DENOISERS, "text_encoder", "vae_decoder")
@@ -116,43 +117,20 @@ def stand_in(component: Component, runner: Runner, method: str) -> torch.nn.Modu
     """The component's torch module without weights, whose `method` runs `runner` instead."""
     module: torch.nn.Module = component.build()
     module.__dict__.pop("forward", None)  # the adapter's
-    signature = inspect.signature(getattr(module, method))
-    role = component.role
 
-    def run(*args: Any, **kwargs: Any) -> Any:
-        call = signature.bind(*args, **kwargs).arguments
-        outputs = runner.infer(feeds_of_call(component, call))
-        return RESULTS[role]({n: t.float() if t.is_floating_point() else t for n, t in outputs.items()}, call)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        values = arguments_of(module, args, kwargs)
+        return answer(feeds_from_call(component.inputs, values), values)
 
-    module.__dict__[method] = run
+    def decode(z: torch.Tensor, return_dict: bool = True, **kwargs: Any) -> Any:
+        return answer({component.inputs[0].name: z}, {"return_dict": return_dict})
+
+    def answer(feeds: Mapping[str, torch.Tensor], values: Mapping[str, Any]) -> Any:
+        outputs = runner.infer(feeds)
+        return RESULTS[component.role]({n: t.float() for n, t in outputs.items()}, values)
+
+    module.__dict__[method] = {"forward": forward, "decode": decode}[method]
     return module.to_empty(device="cpu")  # torch takes no memory for what nobody writes
-
-
-def feeds_of_call(component: Component, call: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """A component's inputs from the arguments of a pipeline's call, whose names they share.
-
-    Raises InputError where the pipeline gives nothing for an input.
-    """
-    named = {k: v for k, v in call.items() if v is not None}
-    for nested in ("kwargs", "added_cond_kwargs"):
-        named |= {k: v for k, v in (named.get(nested) or {}).items() if v is not None}
-    feeds: dict[str, torch.Tensor] = {}
-    for spec in component.inputs:
-        name = {"latent": "z"}.get(spec.name, spec.name)
-        value = named.get(name)
-        if value is None and spec.name == "attention_mask":
-            value = torch.ones_like(named["input_ids"])
-        if value is None:
-            raise InputError(
-                f"the pipeline does not give {component.name} its input {spec.name}",
-                got=", ".join(sorted(named)),
-                expected=", ".join(t.name for t in component.inputs),
-            )
-        value = torch.as_tensor(value)
-        if spec.name == "timestep":
-            value = value.reshape(-1).expand(feeds[component.inputs[0].name].shape[0])
-        feeds[spec.name] = value.to(getattr(torch, spec.torch_dtype("fp32"))).contiguous()
-    return feeds
 
 
 def denoised(outputs: Mapping[str, torch.Tensor], call: Mapping[str, Any]) -> Any:
@@ -189,7 +167,12 @@ RESULTS: Mapping[str, Callable[[Mapping[str, torch.Tensor], Mapping[str, Any]], 
 
 
 def drawing_of(
-    folder: Path, components: Mapping[str, ComponentRecord], count: int, seed: int, prompts: Sequence[str], steps: int
+    components: Mapping[str, ComponentRecord],
+    count: int,
+    seed: int,
+    prompts: Sequence[str],
+    steps: int,
+    guidance: float | None,
 ) -> Drawing:
     """`count` images of the prompts in turn, at the sizes that the artifacts are tuned for, in batches they take."""
     sized = next(c.axes for role in DRAWN for c in components.values() if c.role == role and "height" in c.axes)
@@ -202,7 +185,7 @@ def drawing_of(
         prompts=tuple(prompts[i % len(prompts)] for i in range(count)),
         seeds=tuple(range(1000 * seed, 1000 * seed + count)),
         steps=steps,
-        guidance=None,
+        guidance=guidance,
         height=sized["height"].opt,
         width=sized["width"].opt,
         batch=max(most, 1),

@@ -18,6 +18,7 @@ import torch
 from torch.nn import functional as F
 
 from optimize.errors import InputError, MissingError
+from optimize.quantize.texts import DIGITS
 
 HOW = "a folder of a transformers vision model, or package.module:factory that gives a torch module"
 
@@ -159,11 +160,7 @@ def small(images: torch.Tensor) -> torch.Tensor:
     return F.adaptive_avg_pool2d(images.float(), 8)
 
 
-WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-DIGIT_PROMPTS = tuple(f"a handwritten {word}" for word in WORDS)
-
-
 def read_as_prompted(images: torch.Tensor, prompts: Sequence[str]) -> int:
-    """How many of the images the demo's classifier of real digits reads as their prompts (of `DIGIT_PROMPTS`) say."""
+    """How many of the images the demo's classifier of real digits reads as their prompts (of `DIGITS`) say."""
     read = digit_features().read(images)
-    return sum(DIGIT_PROMPTS[digit] == prompt for digit, prompt in zip(read, prompts, strict=True))
+    return sum(DIGITS[digit] == prompt for digit, prompt in zip(read, prompts, strict=True))

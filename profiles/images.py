@@ -16,8 +16,9 @@ from typing import Any
 import torch
 
 from optimize.quantize.measures import psnr, ssim
+from optimize.quantize.texts import DIGITS
 
-from .features import DIGIT_PROMPTS, read_as_prompted
+from .features import read_as_prompted
 from .quality import mean
 
 SIGNS: Mapping[str, str] = {
@@ -63,7 +64,7 @@ def image_figures(
                 continue
             result.figures[name] = figure(network, got, exact, prompts)
             result.reference[name] = figure(network, exact, exact, prompts)
-    if set(prompts) <= set(DIGIT_PROMPTS):
+    if set(prompts) <= set(DIGITS):
         for side, images in ((result.figures, got), (result.reference, exact)):
             side["read"] = 100 * read_as_prompted(images, prompts) / len(images)
         result.figures["points-lost"] = result.reference["read"] - result.figures["read"]

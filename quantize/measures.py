@@ -123,7 +123,7 @@ class Budget:
         return value >= self.limit if self.sign == ">=" else value <= self.limit
 
     def __str__(self) -> str:
-        return f"{self.figure}{self.sign}{self.limit:g}"
+        return f"{self.figure}{self.sign}{self.limit:.10g}"
 
 
 def budget_from_text(text: str, signs: Mapping[str, str] = dict.fromkeys(MEASURES, ">=")) -> Budget:

@@ -88,6 +88,7 @@ def test_public_names_are_these_and_exist() -> None:
         "OptimizeError",
         "TensorSpec",
         "build",
+        "evaluate",
         "export",
         "inspect",
         "load",
@@ -110,6 +111,7 @@ LIGHT = [
     "optimize.progress",
     "optimize.exporting",
     "optimize.loading",
+    "optimize.evaluating",
     "optimize.compile",
     "optimize.compile.spec",
     "optimize.compile.adapters",
@@ -139,7 +141,7 @@ def test_imports_with_the_heavy_packages_blocked(module: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("verb", ["", "export", "build", "verify", "inspect", "targets", "doctor"])
+@pytest.mark.parametrize("verb", ["", "export", "build", "verify", "evaluate", "inspect", "targets", "doctor"])
 def test_help_answers_with_the_heavy_packages_blocked(verb: str) -> None:
     done = run_blocked(f"from optimize.tools.cli import main; main({[v for v in (verb, '--help') if v]!r})")
     assert done.returncode == 0, done.stderr

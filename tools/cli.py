@@ -144,6 +144,56 @@ def build_words(verb: argparse.ArgumentParser) -> None:
     engine_words(verb)
 
 
+def quantize_words(verb: argparse.ArgumentParser) -> None:
+    bundle_words(verb)
+    verb.add_argument(
+        "--scheme", default="int8", metavar="S", help="int8 (default), int8-dynamic, int8-weight, fp8, int4-weight"
+    )
+    verb.add_argument(
+        "--for",
+        dest="runtime",
+        metavar="RUNTIME",
+        help="where Q and DQ go: onnxruntime or tensorrt (default: by scheme)",
+    )
+    verb.add_argument("--target", action="append", default=[], metavar="GPU", help="check that this GPU can run it")
+    verb.add_argument("--keep-high", action="append", default=[], metavar="PATTERN", help="layers that stay (repeat)")
+    verb.add_argument(
+        "--sensitivity", action="store_true", help="measure what each layer costs, even where the budget is met"
+    )
+    verb.add_argument("--dry-run", action="store_true", help="each layer with the precision it would get, and why")
+    verb.add_argument("--trust-remote-code", action="store_true", help="run the Python code that the source is")
+    calibration_words(verb)
+
+
+def calibration_words(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument(
+        "--calibration",
+        type=Path,
+        metavar="FILE",
+        help="feeds to calibrate with: safetensors, npz, or a folder of them",
+    )
+    verb.add_argument("--samples", type=int, default=32, metavar="N", help="calibration samples (default: 32)")
+    verb.add_argument("--seed", type=int, default=0, metavar="N", help="of the samples' noise (default: 0)")
+    verb.add_argument(
+        "--method", default="mse", metavar="M", help="scales by minmax, percentile, entropy, mse (default)"
+    )
+    verb.add_argument("--no-smooth", action="store_true", help="leave out SmoothQuant")
+    verb.add_argument(
+        "--budget",
+        action="append",
+        default=[],
+        metavar="FIGURE>=N",
+        help="cosine>=0.999 (default), psnr>=30, snr>=25: layers go back until it is met; repeat for more",
+    )
+
+
+def evaluate_words(verb: argparse.ArgumentParser) -> None:
+    from optimize.tools import quality
+
+    bundle_words(verb)
+    quality.words(verb)
+
+
 def inspect_words(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("path", type=Path, metavar="DIR|FILE", help="a bundle, or an ONNX file")
     verb.add_argument("--component", metavar="NAME")
@@ -232,6 +282,50 @@ def run_verify(args: argparse.Namespace, progress: Progress) -> int:
     return 1 if failed else 0
 
 
+def run_quantize(args: argparse.Namespace, progress: Progress) -> int:
+    from optimize.quantizing import artifact_id, quantize, request_from_words
+    from optimize.tools import tables
+
+    words = dict(
+        scheme=args.scheme,
+        runtime=args.runtime,
+        components=args.component,
+        keep=args.keep_high,
+        sensitivity=args.sensitivity,
+        targets=args.target,
+        trust_remote_code=args.trust_remote_code,
+        **calibration_of(args),
+    )
+    with others_on_stderr():
+        result = quantize(args.dir, dry_run=args.dry_run, progress=progress, **words)
+    if args.dry_run:
+        tables.show(tables.layer_rows(result), args.json)
+        return 0
+    request = request_from_words(args.dir, **words)
+    made = {artifact_id(request, name) for name in args.component or result.manifest.components}
+    tables.show_receipts(result, made, args.json)
+    return 0
+
+
+def calibration_of(args: argparse.Namespace) -> dict[str, Any]:
+    return dict(
+        calibration=args.calibration,
+        samples=args.samples,
+        seed=args.seed,
+        method=args.method,
+        smooth=not args.no_smooth,
+        budgets=args.budget,
+    )
+
+
+def run_evaluate(args: argparse.Namespace, progress: Progress) -> int:
+    from optimize.tools import quality
+
+    with others_on_stderr():
+        found = quality.measured(args, progress)
+    return quality.report(found, args.json)
+
+
 def run_inspect(args: argparse.Namespace, progress: Progress) -> int:
     from optimize.tools import inspecting
 
@@ -267,6 +361,16 @@ VERBS: dict[str, Verb] = {
     "export": ("turn a source's components into proved ONNX and TensorRT artifacts", export_words, run_export),
     "build": ("build engines from ONNX that a bundle already has", build_words, run_build),
     "verify": ("prove a bundle again: digests, and parity against its source", verify_words, run_verify),
+    "quantize": (
+        "artifacts of fewer bits from those that a bundle has: int8, fp8, int4, each with a receipt",
+        quantize_words,
+        run_quantize,
+    ),
+    "evaluate": (
+        "how near a bundle's artifacts are to its fp32: per network, per timestep, and image by image",
+        evaluate_words,
+        run_evaluate,
+    ),
     "inspect": (
         "what is in a graph: operators, sizes, precisions, fusions; --serve opens Netron",
         inspect_words,

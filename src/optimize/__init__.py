@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from optimize.compile.bundle import Bundle
     from optimize.compile.spec import Axis, Component, TensorSpec
     from optimize.errors import GateError, InputError, InternalError, MissingError, OptimizeError
+    from optimize.evaluating import evaluate
     from optimize.exporting import export
     from optimize.loading import build, load, verify
     from optimize.quantizing import quantize
@@ -24,6 +25,7 @@ _WHERE = {
     "load": "loading",
     "verify": "loading",
     "build": "loading",
+    "evaluate": "evaluating",
     "quantize": "quantizing",
     "inspect": "tools.inspecting",
     "Component": "compile.spec",
@@ -48,6 +50,7 @@ __all__ = [
     "OptimizeError",
     "TensorSpec",
     "build",
+    "evaluate",
     "export",
     "inspect",
     "load",
