@@ -77,22 +77,34 @@ def positive(name: str, tensors: Mapping[str, Any], folder: Path) -> bool:
     return tensor is not None and bool((onnx.numpy_helper.to_array(tensor, str(folder)) > 0).all())
 
 
-def kernels(path: Path, p: Placement, workspace: Path) -> tuple[set[str], list[str]]:
-    """(names of the sites that ONNX Runtime computes in integers, all such nodes) of its optimized graph on the CPU.
-
-    ONNX Runtime names a fused node after the node that it took the place of; blocked weights lose their name on the
-    way and are told by the activation that they read."""
+def kernels(path: Path, p: Placement, workspace: Path) -> set[str]:
+    """Names of the sites that ONNX Runtime computes in integers on the CPU: in its optimized graph a node of `KERNELS`
+    reads their weight (`NAME_T` where it has packed it anew), or has their name."""
     import onnx_ir as ir
 
     optimized = workspace / "optimized.onnx"
     GraphSession(ir.load(path), path.parent, options=session_options(optimized))
-    nodes = onnx.load(optimized, load_external_data=False).graph.node
+    nodes = [n for n in onnx.load(optimized, load_external_data=False).graph.node if n.op_type in KERNELS]
     optimized.unlink()
-    found = [n for n in nodes if n.op_type in KERNELS]
-    names = {n.name for n in found} | {n.name.removesuffix("/int32") for n in found}
-    outputs = {o for n in found for o in n.output} | {o.removesuffix("/int32") for n in found for o in n.output}
-    sites = {s.name for s in p.chosen() if s.name in names or s.output in outputs or s.name in outputs}
-    return sites, [n.name for n in found]
+    read = {name.removesuffix("_T") for n in nodes for name in n.input}
+    names = {n.name for n in nodes}
+    weights = weights_in_file(path, p)
+    return {s.name for s in p.chosen() if s.name in names or weights.get(s.name) in read}
+
+
+def weights_in_file(path: Path, p: Placement) -> dict[str, str]:
+    """Site -> the initializer that holds its numbers of few bits."""
+    graph = onnx.load(path, load_external_data=False).graph
+    makers = {o: n for n in graph.node for o in n.output}
+    nodes = {n.name: n for n in graph.node}
+    found = {}
+    for s in p.chosen():
+        product, node = nodes.get(f"{s.name}/int32"), nodes.get(s.name)
+        if product is not None:
+            found[s.name] = product.input[1]
+        elif node is not None and op(makers, node.input[1]) == "DequantizeLinear":
+            found[s.name] = makers[node.input[1]].input[0]
+    return found
 
 
 def layers_in_engine(layers: Iterable[Any], sites: Sequence[Site]) -> set[str]:

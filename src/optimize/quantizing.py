@@ -615,7 +615,7 @@ def receipt_of(work: Work, placement: Placement, quality: list[Quality]) -> Rece
     ranged = {s.name for s in placement.chosen() if all(name in seen for name in s.reads)}
     fused: set[str] | None = None
     if request.runtime == "onnxruntime":
-        fused = counting.kernels(path, placement, work.folder)[0]
+        fused = counting.kernels(path, placement, work.folder)
     lost = [f"{n}: not calibrated" for n in chosen if static and n not in ranged]
     lost += [f"{n}: no Q/DQ in the file" for n in chosen if n not in written]
     lost += [f"{n}: ONNX Runtime computes it in floating point" for n in chosen if fused is not None and n not in fused]
