@@ -1,11 +1,12 @@
 """Eager fp16 with fp32's range: what the model would compute if no number were too large for its 11 bits.
 
 Where fp16 itself overflows, eager in fp16 proves nothing. Here the model runs as it does in fp16, type for type, but a
-tensor that calls itself fp16 holds fp32 numbers, rounded after each operator to fp16 or, beyond its range, to 11 bits.
+tensor that calls itself fp16 holds fp32 numbers, rounded after each operator to fp16 or, out of its range, to 11 bits.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,20 +17,32 @@ from torch.utils._pytree import tree_any, tree_flatten, tree_map, tree_unflatten
 HALF, FLOAT, META = torch.float16, torch.float32, torch.device("meta")
 
 
+LEAST_RMS = 2.0**-17
+"""Where a tensor's numbers are smaller than this on the whole (root mean square), fp16's step of 2^-24 costs more than
+2^-9 of them, which is bf16's precision: fp16 cannot hold them."""
+
+
 def to_11_bits(x: torch.Tensor) -> torch.Tensor:
-    """fp32 numbers rounded as fp16 rounds them, ties to even; those beyond its range keep fp32's exponent."""
+    """fp32 numbers rounded as fp16 rounds them, ties to even; a tensor that fp16 cannot hold keeps fp32's exponents."""
     near = x.half().float()
-    if not bool(torch.isinf(near).any()):
+    if fits(x, near):
         return near
     bits = x.contiguous().view(torch.int32)
-    wide = (bits + 0x0FFF + ((bits >> 13) & 1)) & ~0x1FFF
-    return torch.where(torch.isinf(near), wide.view(FLOAT), near)
+    return ((bits + 0x0FFF + ((bits >> 13) & 1)) & ~0x1FFF).view(FLOAT)
+
+
+def fits(x: torch.Tensor, near: torch.Tensor) -> bool:
+    """Whether fp16 (`near`) holds the numbers: nothing becomes infinite, and they are not too small."""
+    if bool((torch.isinf(near) & ~torch.isinf(x)).any()):
+        return False
+    size = float(torch.linalg.vector_norm(x)) if x.numel() else 0.0
+    return not 0 < size < LEAST_RMS * math.sqrt(x.numel())
 
 
 def weight_in(tensor: torch.Tensor, dtype: torch.dtype, wide: bool) -> torch.Tensor:
     """A weight in the type; where fp16 cannot hold it and its range is to be wide, as a `WideHalf`."""
     made = tensor.to(dtype)
-    if not wide or dtype != HALF or bool(torch.isfinite(made).all()):
+    if not wide or dtype != HALF or fits(tensor.float(), made.float()):
         return made
     return WideHalf(to_11_bits(tensor.float()))
 

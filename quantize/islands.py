@@ -9,7 +9,8 @@ Rules, referred to by number below:
 4. Attention whose scores, which it keeps to itself, pass the limit computes in fp32.
 5. A bias is added where its product is made: between the two eager rounds nothing either.
 6. Cheap nodes between two islands join them where that saves casts.
-7. A weight that fp32 nodes alone read is stored in fp32; one that fp16 cannot hold is, too, and what reads it is fp32.
+7. A weight is a value like others, but known: it may go up to fp16's end. One that fp32 nodes alone read is stored in
+   fp32.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from optimize.compile.external import INLINE_BYTES, WeightTensor
 from optimize.compile.translate import ORIGIN
 from optimize.errors import InputError
 
-from .probe import INFINITE, LEAST_RMS, LIMIT, SCORES, Range
+from .probe import INFINITE, LIMIT, SCORES, Range
 
 FLOAT = ir.DataType.FLOAT
 HEAVY = frozenset({"Conv", "ConvTranspose", "MatMul", "Gemm", "Attention", "Einsum"})
@@ -114,21 +115,19 @@ class Plan:
 
 
 def islands_of(
-    model: ir.Model, precision: str, ranges: Mapping[str, Range], patterns: Sequence[str], weights: Mapping[str, float]
+    model: ir.Model, precision: str, ranges: Mapping[str, Range], patterns: Sequence[str], weights: Mapping[str, Range]
 ) -> list[Kept]:
     """The nodes that are to compute in fp32, in the graph's order.
 
-    `ranges` are the probe's, none in bf16; `weights` the largest magnitude of weights (initializers) that fp16 cannot
-    hold.
+    `ranges` are the probe's and `weights` those of the weights (initializers); in bf16 both are empty.
     """
     plan = Plan(model, precision)
     for pattern in patterns:
         for node in plan.order:
             if matches(pattern, str(node.name), module_of(node)):
                 plan.keep(node, f"asked for: --keep-fp32 {pattern}")
-    for name, largest in weights.items():
-        for use in model.graph.initializers[name].uses():
-            plan.keep(use.node, f"its weight {name} reaches {largest:.4g}", largest)
+    for name, seen in weights.items():
+        judge(plan, model.graph.initializers[name], seen, INFINITE)  # a weight is known: it needs no margin
     fixed = fixed_values(model, plan)
     for node in plan.order:
         masked = under_mask(node, fixed)
@@ -150,7 +149,7 @@ def judge(plan: Plan, value: ir.Value, seen: Range, limit: float) -> None:
     """Rule 1 for one value."""
     if seen.largest > limit:
         plan.keep_value(value, f"reaches {seen.largest:.4g}", seen.largest)
-    elif 0 < seen.rms < LEAST_RMS:
+    elif seen.lost:
         plan.keep_value(value, f"is about {seen.rms:.2g}, too small for fp16", seen.rms)
 
 
@@ -254,7 +253,7 @@ def widen(model: ir.Model, precision: str, kept: Iterable[Kept], ranges: Mapping
         if node in inside:
             for value in [v for v in node.outputs if plan.is_narrow(v)]:
                 seen = ranges.get(str(value.name))
-                value.dtype = FLOAT
+                value.type = ir.TensorType(FLOAT)  # a new one: values share their types
                 hand_down(plan, node, value, inside, fits=seen is None or seen.largest <= LIMIT)
             if node.op_type == "Cast" and node.attributes["to"].value == int(plan.narrow):
                 node.attributes["to"] = ir.AttrInt64("to", int(FLOAT))

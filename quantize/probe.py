@@ -17,19 +17,17 @@ import torch
 from onnx_ir.passes import common
 
 from optimize.compile.emulate import NARROW, emulated
+from optimize.compile.external import WeightTensor
 from optimize.compile.feeds import feeds_for
 from optimize.compile.segments import Tensors, run_segments, segments_of
 from optimize.compile.spec import Component
+from optimize.compile.wide import LEAST_RMS
 
 LARGEST = 65504.0
 INFINITE = 65520.0
 """From here on fp16 rounds to infinity."""
 LIMIT = LARGEST / 2
-"""What a value may reach in the probe: it sees a few inputs, and others can go higher. Over prompts, seeds and timesteps
-the largest magnitude of a tensor was seen to differ by less than a factor of two."""
-LEAST_RMS = 2.0**-17
-"""Where a tensor's numbers are smaller on the whole (root mean square), fp16's step of 2^-24 costs more than 2^-9 of
-them: bf16's precision."""
+"""What a value may reach in the probe, which sees a few inputs: others can go higher."""
 STEPS = 4
 MARK, SCORES = "//", "/scores"
 FLOAT, INT64, BOOL = ir.DataType.FLOAT, ir.DataType.INT64, ir.DataType.BOOL
@@ -48,6 +46,11 @@ class Range:
     @property
     def overflows(self) -> bool:
         return self.largest >= INFINITE
+
+    @property
+    def lost(self) -> bool:
+        """Whether fp16 would keep less of the numbers than bf16 does, because they are so small."""
+        return 0 < self.rms < LEAST_RMS
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,22 @@ TIMES: Mapping[str, Callable[[int, int], float]] = {
     "unit": lambda step, steps: 0.5 ** round(5 * step / max(steps - 1, 1)),  # powers of two, as in compile.feeds
 }
 """Kind of input -> its value at a step: noise first."""
+
+
+def weight_ranges(model: ir.Model) -> dict[str, Range]:
+    """The weights, by initializer, that fp16 cannot hold. They are read from the source, one at a time."""
+    found = {}
+    for name, value in model.graph.initializers.items():
+        if isinstance(value.const_value, WeightTensor) and value.dtype == NARROW["fp16"] and value.const_value.size:
+            seen = tensor_range(value.const_value.weights.tensor(value.const_value.recipe.name))
+            if seen.overflows or seen.lost:
+                found[name] = seen
+    return found
+
+
+def tensor_range(tensor: torch.Tensor) -> Range:
+    size, numbers = tensor.numel(), tensor.float()
+    return Range(float(numbers.abs().max()), float(torch.linalg.vector_norm(numbers)) / math.sqrt(size))
 
 
 def probe_graph(path: Path, feeds: Sequence[Tensors], segment_bytes: int, say: Callable[[str], None]) -> Probe:
