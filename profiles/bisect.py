@@ -6,6 +6,7 @@ binary search over the values that both graphs have finds where they part.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Container, Mapping
 from functools import cache
 from pathlib import Path
@@ -22,6 +23,7 @@ from optimize.compile.runners import EagerRunner, OnnxRuntimeRunner
 from optimize.compile.spec import Component
 from optimize.compile.trace import Traced, trace_component
 from optimize.compile.translate import ORIGIN, translation
+from optimize.compile.wide import WideHalf, WideRange, weight_in
 
 from .parity import FP32_LIMIT, distance, widened
 
@@ -51,8 +53,10 @@ class TorchGraph(torch.fx.Interpreter):
         return result
 
 
-def torch_values(traced: Traced, component: Component, feeds: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The value of each node of the traced graph for these feeds, by the node's name."""
+def torch_values(
+    traced: Traced, component: Component, feeds: Mapping[str, torch.Tensor], wide: bool = False
+) -> dict[str, torch.Tensor]:
+    """The value of each node of the traced graph for these feeds, by its name; `wide`: fp16 with fp32's range."""
     signature = traced.program.graph_signature
     names = {
         **signature.inputs_to_parameters,
@@ -69,16 +73,16 @@ def torch_values(traced: Traced, component: Component, feeds: Mapping[str, torch
         if name is None:
             arguments.append(feeds[next(given).name])
         elif name in checkpoint:
-            arguments.append(weights.tensor(tied.get(name, name)).to(meta.dtype).reshape(meta.shape))
+            arguments.append(weight_in(weights.tensor(tied.get(name, name)), meta.dtype, wide).reshape(meta.shape))
         elif name in traced.constants:
             arguments.append(traced.constants[name])
         else:
             known = traced.program.constants[name]
             arguments.append(known if known.device.type != "meta" else torch.empty(meta.shape, dtype=meta.dtype))
     graph = TorchGraph(traced.program.graph_module)
-    with torch.no_grad():
+    with torch.no_grad(), WideRange() if wide else contextlib.nullcontext():
         graph.run(*arguments, enable_io_processing=False)
-    return graph.values
+    return {name: t.wide if isinstance(t, WideHalf) else t for name, t in graph.values.items()}
 
 
 def shared_values(model: ir.Model) -> list[tuple[ir.Node, str, str]]:
@@ -93,14 +97,17 @@ def shared_values(model: ir.Model) -> list[tuple[ir.Node, str, str]]:
     return found
 
 
-def first_departure(path: Path, component: Component, precision: str, sizes: dict[str, int]) -> str:
-    """Words on the first node of the graph at `path` whose value is not torch's, at these axis sizes."""
+def first_departure(
+    path: Path, component: Component, precision: str, sizes: dict[str, int], *, wide: bool = False
+) -> str:
+    """Words on the first node of the graph at `path` whose value is not torch's (`wide`: with fp32's range), at these
+    axis sizes."""
     feeds = feeds_for(component.inputs, sizes, precision)
     model = ir.load(path)
     traced = trace_component(component, precision)
     weight = weight_maker(component.weights.bind(traced.module), same_as(traced.module))
     _, program = translation(traced, component, int(model.graph.opset_imports[""]), weight)
-    expected = torch_values(program, component, feeds)
+    expected = torch_values(program, component, feeds, wide)
     common = [(node, value, origin) for node, value, origin in shared_values(model) if origin in expected]
     sizes_agree = [
         c for c in common if c[0].outputs[0].shape is None or len(c[0].outputs[0].shape) == expected[c[2]].ndim
