@@ -1,11 +1,11 @@
-# make setup | test | check | demo | gpu: five targets; each makes what it needs.
+# make setup | test | check | demo | gpu | wheel: six targets; each makes what it needs.
 VENV := .venv
 BIN := $(VENV)/bin
 PYTHON ?= python3
 READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: setup test check demo gpu
+.PHONY: setup test check demo gpu wheel
 setup: $(READY)
 
 # torch first: with it in place, nothing below pulls another build of it
@@ -30,3 +30,7 @@ gpu: $(READY)
 	$(BIN)/python -c "import torch, sys; sys.exit(0 if torch.cuda.is_available() else 'skipped: needs a GPU')"
 	$(BIN)/python -m pytest tests/test_gluon_attention.py tests/test_gpu.py tests/interpreted_*.py
 	$(BIN)/python tools/bench_kernels.py --tune --write-tables --family attention --family norms --family group-norms --family blocks --table
+
+# for a release: the Triton kernels for six GPUs in it, compiled here without one; what was compiled before is kept
+wheel: $(READY)
+	$(BIN)/python -m pip wheel --no-deps --wheel-dir dist . -C build-dir=build/wheel -C cmake.define.OPTIMIZE_CUBINS=ON

@@ -1,7 +1,10 @@
 """The Triton kernels as the native library's nodes need them: compiled for each GPU, and written as C to embed.
 
-    python -m optimize.kernels.native_cubins FOLDER
-    pip install . -C cmake.define.OPTIMIZE_CUBINS=FOLDER
+    pip install . -C cmake.define.OPTIMIZE_CUBINS=ON          the package's build compiles and embeds them; or
+    python -m optimize.kernels.native_cubins FOLDER           compiles them into a folder, on any machine, and
+    pip install . -C cmake.define.OPTIMIZE_CUBINS=FOLDER      embeds that
+
+What is in the folder already is not compiled again, so that a stopped build goes on where it was.
 
 A node's tensors are contiguous, and any size may come: these are the kernels' general forms (edges masked, the smaller
 units), in fp16 and fp32. What a cubin serves is in its compile-time constants, which the library reads when it chooses.
@@ -12,16 +15,22 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import dataclasses
+import functools
+import hashlib
 import itertools
+import json
 import multiprocessing
 import os
 import sys
+import tempfile
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from .aot import Built, built_for, over_limits
 from .kernel import SMS, Kernel
+from .tuning import digest_of
 
 DTYPES = ("fp16", "fp32")
 ACTIVATIONS = ("gelu", "gelu_tanh", "silu")
@@ -125,6 +134,7 @@ def forms() -> Iterator[Form]:
     yield from dict.fromkeys(made)
 
 
+@functools.cache
 def kernels() -> Mapping[str, Kernel[Any, Any]]:
     """By name. The second pass of group norm takes its statistics merged: one form for groups of all sizes."""
     from . import triton_attention, triton_gated, triton_group_norm, triton_norms, triton_rope
@@ -143,23 +153,21 @@ def kernels() -> Mapping[str, Kernel[Any, Any]]:
     return {kernel.name: kernel for kernel in made}
 
 
-def built(job: tuple[Form, int]) -> Built:
-    form, sm = job
+def built(form: Form, sm: int) -> Built:
     return built_for(kernels()[form.kernel], form.problem, sm)
 
 
-def without_lines() -> None:
-    """Line numbers are two thirds of a cubin. Triton reads this when it compiles."""
-    os.environ["TRITON_DISABLE_LINE_INFO"] = "1"
+# --- a folder of them ------------------------------------------------------------------------------------------------
 
 
-def built_all(which: Iterable[Form], sms: Iterable[int] = SMS, workers: int | None = None) -> list[Built]:
-    """Each form for each GPU, in processes of their own; what does not fit a GPU is left out."""
-    context = multiprocessing.get_context("spawn")
-    jobs = list(itertools.product(which, sms))
-    with concurrent.futures.ProcessPoolExecutor(workers or os.cpu_count(), context, without_lines) as pool:
-        found = list(pool.map(built, jobs, chunksize=4))
-    return [b for b in found if not over_limits(b) and b.scratch_bytes == 0]
+def key_of(form: Form, sm: int) -> str:
+    """Of all that decides the code: two forms with the same key are one cubin."""
+    import triton
+
+    kernel = kernels()[form.kernel]
+    code = kernel.compiled(form.problem, kernel.heuristic(form.problem, sm))
+    parts = (triton.__version__, digest_of(kernel), form.kernel, sm, dataclasses.asdict(code))
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:20]
 
 
 def number(value: Any) -> int | None:
@@ -169,26 +177,85 @@ def number(value: Any) -> int | None:
     return int(value) if isinstance(value, int) else None
 
 
-def write(folder: Path, found: Iterable[Built]) -> None:
-    """The cubins, `cubins.S` that includes them and `cubins.inc`, the table. The same code is written once."""
+def facts(b: Built) -> dict[str, Any]:
+    """What the library has to know to choose and launch it; nothing where it does not fit its GPU."""
+    if over_limits(b) or b.scratch_bytes:
+        return {}
+    return {
+        "kernel": b.kernel,
+        "entry": b.entry,
+        "arguments": " ".join(f"{name}:{kind}" for name, kind in b.arguments),
+        "constants": " ".join(f"{k}={n}" for k, v in b.constants.items() if (n := number(v)) is not None),
+        "sm": b.sm,
+        "shared_bytes": b.shared_bytes,
+        "num_warps": b.num_warps,
+    }
+
+
+def put(path: Path, content: bytes) -> None:
+    """Whole or not at all."""
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part.write_bytes(content)
+    part.replace(path)
+
+
+def compile_one(folder: Path, key: str, form: Form, sm: int) -> None:
+    """KEY.cubin and, when that is there, KEY.json."""
+    b = built(form, sm)
+    known = facts(b)
+    if known:
+        put(folder / f"{key}.cubin", b.cubin)
+    put(folder / f"{key}.json", json.dumps(known).encode())
+
+
+def prepare(cache: str) -> None:
+    """Before Triton is asked for anything. Line numbers are two thirds of a cubin; what Triton keeps of all these
+    compilations in a cache would be ten times their size."""
+    os.environ |= {"TRITON_DISABLE_LINE_INFO": "1", "TRITON_CACHE_DIR": cache}
+
+
+def compile_all(
+    folder: Path, which: Iterable[Form], sms: Iterable[int] = SMS, workers: int | None = None
+) -> list[Path]:
+    """Compiles each form for each GPU into the folder, in processes of their own, and writes the table of just these.
+
+    Returns the cubins; a form that does not fit a GPU has none."""
     folder.mkdir(parents=True, exist_ok=True)
-    rows, sources = [], []
-    unique = {(b.sm, b.cubin, b.arguments): b for b in found}
-    for i, b in enumerate(unique.values()):
-        symbol = f"optimize_cubin_{i}"
-        (folder / f"{symbol}.cubin").write_bytes(b.cubin)
-        arguments = " ".join(f"{name}:{kind}" for name, kind in b.arguments)
-        constants = " ".join(f"{k}={n}" for k, v in b.constants.items() if (n := number(v)) is not None)
-        text = f'"{b.kernel}", "{b.entry}", "{arguments}", "{constants}"'
-        rows.append(f"CUBIN({symbol}, {text}, {b.sm}, {b.shared_bytes}, {b.num_warps})")
+    jobs = {key_of(form, sm): (form, sm) for form, sm in itertools.product(which, sms)}
+    missing = [(folder, key, *job) for key, job in jobs.items() if not (folder / f"{key}.json").exists()]
+    if missing:
+        context, start = multiprocessing.get_context("spawn"), time.monotonic()
+        with (
+            tempfile.TemporaryDirectory() as cache,
+            concurrent.futures.ProcessPoolExecutor(workers or os.cpu_count(), context, prepare, (cache,)) as pool,
+        ):
+            tenth = max(1, len(missing) // 10)
+            for n, _ in enumerate(pool.map(compile_one, *zip(*missing, strict=True), chunksize=4), 1):
+                if n % tenth == 0:
+                    print(f"{n} of {len(missing)} cubins, {time.monotonic() - start:.0f} s", flush=True)
+    return write_table(folder, jobs)
+
+
+def write_table(folder: Path, keys: Iterable[str]) -> list[Path]:
+    """`cubins.S`, which includes the cubins, and `cubins.inc`, their table. Returns the cubins."""
+    rows, sources, cubins = [], [], []
+    for key in sorted(keys):
+        known = json.loads((folder / f"{key}.json").read_text())
+        if not known:
+            continue
+        symbol = f"optimize_cubin_{key}"
+        cubins.append(folder / f"{key}.cubin")
+        texts = ", ".join(f'"{known[name]}"' for name in ("kernel", "entry", "arguments", "constants"))
+        numbers = ", ".join(str(known[name]) for name in ("sm", "shared_bytes", "num_warps"))
+        rows.append(f"CUBIN({symbol}, {texts}, {numbers})\n")
         sources += [
             f".global {symbol}_begin", f".global {symbol}_end", f".hidden {symbol}_begin", f".hidden {symbol}_end",
-            ".balign 64", f"{symbol}_begin:", f'.incbin "{symbol}.cubin"', f"{symbol}_end:",
+            ".balign 64", f"{symbol}_begin:", f'.incbin "{key}.cubin"', f"{symbol}_end:",
         ]  # fmt: skip
-    (folder / "cubins.inc").write_text("\n".join(rows) + "\n")
-    head = [".section .rodata"]
-    tail = ['.section .note.GNU-stack,"",%progbits']
-    (folder / "cubins.S").write_text("\n".join([*head, *sources, *tail]) + "\n")
+    head, tail = ".section .rodata", '.section .note.GNU-stack,"",%progbits'
+    put(folder / "cubins.S", "\n".join([head, *sources, tail, ""]).encode())
+    put(folder / "cubins.inc", "".join(rows).encode())
+    return cubins
 
 
 def main(words: list[str] | None = None) -> int:
@@ -197,9 +264,8 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--sm", type=int, action="append", choices=SMS, help="only for these (default: all)")
     parser.add_argument("--kernel", default="", help="only kernels whose name contains this")
     asked = parser.parse_args(words)
-    found = built_all([f for f in forms() if asked.kernel in f.kernel], asked.sm or SMS)
-    write(asked.folder, found)
-    print(f"{len(found)} cubins, {sum(len(b.cubin) for b in found) >> 20} MiB in {asked.folder}")
+    cubins = compile_all(asked.folder, [f for f in forms() if asked.kernel in f.kernel], asked.sm or SMS)
+    print(f"{len(cubins)} cubins in {asked.folder}, {sum(c.stat().st_size for c in cubins) / 2**20:.1f} MiB")
     return 0
 
 

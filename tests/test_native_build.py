@@ -1,8 +1,11 @@
 """What CMake builds beside the library: a C program that deploys it without Python; the kernels under sanitizers."""
 
+import importlib.util
 import os
+import shutil
 import subprocess
 import sys
+import venv
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +17,7 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 
-from optimize.kernels import ort_library, reference
+from optimize.kernels import native_cubins, native_library, ort_library, reference
 
 ROOT = Path(__file__).parent.parent
 
@@ -84,9 +87,11 @@ def test_the_kernels_under_sanitizers(native_build: Build) -> None:
 
 
 def test_the_wheel_carries_the_library(tmp_path: Path) -> None:
-    """For this platform, any Python 3; without the sources."""
+    """For this platform, any Python 3; without the sources; with the Triton kernels that its build has compiled."""
+    triton = importlib.util.find_spec("triton") is not None
     command = ["pip", "wheel", "--no-deps", "--quiet", "-w", str(tmp_path), str(ROOT)]
-    command += ["-C", f"build-dir={tmp_path / 'build'}"]
+    command += ["-C", f"build-dir={tmp_path / 'build'}", "-C", "cmake.define.OPTIMIZE_CUBINS=AUTO"]
+    command += ["-C", "cmake.define.OPTIMIZE_CUBINS_OPTIONS=--kernel;gated;--sm;90"]
     done = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True, check=False)
     if "No matching distribution" in done.stderr or "Could not find a version" in done.stderr:
         pytest.skip("needs a package index for the build's own requirements")
@@ -96,3 +101,24 @@ def test_the_wheel_carries_the_library(tmp_path: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert "optimize/kernels/optimize_ort.so" in names and "optimize/kernels/native_library.py" in names
     assert not [n for n in names if "/native/" in n]
+    library = zipfile.ZipFile(wheel).extract("optimize/kernels/optimize_ort.so", tmp_path)
+    gated = [form for form in native_cubins.forms() if form.kernel == "gated"] if triton else []
+    assert native_library.cubins(Path(library)) == len(gated)
+
+
+def configured(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    command = ["cmake", "-S", str(ROOT), "-B", str(folder), *options]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.skipif(shutil.which("cmake") is None, reason="needs cmake")
+def test_the_build_says_what_the_cubins_lack(tmp_path: Path) -> None:
+    done = configured(tmp_path / "a", f"-DOPTIMIZE_CUBINS={tmp_path / 'empty'}")
+    assert done.returncode != 0 and "no cubins.inc in" in done.stderr
+    bare = tmp_path / "venv"
+    venv.create(bare, symlinks=True)
+    words = [f"-DOPTIMIZE_PYTHON={bare / 'bin' / 'python'}", "-DOPTIMIZE_CUBINS=ON"]
+    done = configured(tmp_path / "b", *words)
+    assert done.returncode != 0 and "has no torch, triton" in " ".join(done.stderr.split())
+    done = configured(tmp_path / "b", words[0], "-DOPTIMIZE_CUBINS=AUTO")
+    assert done.returncode == 0 and "OPTIMIZE_CUBINS: none" in done.stdout

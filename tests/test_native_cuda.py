@@ -4,6 +4,7 @@ The driver is a library of ours that prints what it is asked to launch (tests/na
 the parameters from the cubins themselves. Nothing runs on a GPU here, and no result is checked.
 """
 
+import dataclasses
 import math
 import os
 import re
@@ -46,7 +47,7 @@ def folder() -> Path:
     """Embedded cubins of sm_80 and sm_90, and the program that launches them."""
     made = Path(__file__).parent.parent / "build" / "tests-cubins"
     forms = [f for f in native_cubins.forms() if wanted(f)]
-    native_cubins.write(made, native_cubins.built_all(forms, (80, 90)))
+    native_cubins.compile_all(made, forms, (80, 90))
     return made
 
 
@@ -78,7 +79,7 @@ def table(folder: Path) -> list[dict[str, Any]]:
         rows.append(
             {
                 "kernel": kernel,
-                "digest": digest((folder / f"{symbol}.cubin").read_bytes()),
+                "digest": digest((folder / f"{symbol.removeprefix('optimize_cubin_')}.cubin").read_bytes()),
                 "entry": entry,
                 "arguments": [a.split(":") for a in arguments.split()],
                 "constants": {k: int(v) for k, v in (c.split("=") for c in constants.split())},
@@ -239,6 +240,40 @@ def test_without_cubins(native_build: Build) -> None:
         done.returncode == 1
         and "this library was built without cubins; run the model without the library" in done.stderr
     )
+
+
+def test_what_is_compiled_is_not_compiled_again(tmp_path: Path) -> None:
+    """And what was stopped goes on: a cubin counts when its JSON is there."""
+    forms = [f for f in native_cubins.forms() if f.kernel == "gated"][:4]
+
+    def compiled() -> dict[Path, int]:
+        return {path: path.stat().st_mtime_ns for path in native_cubins.compile_all(tmp_path, forms, (90,), workers=1)}
+
+    first = compiled()
+    table = (tmp_path / "cubins.inc").read_text()
+    assert len(first) == len(forms) == table.count("CUBIN(") and compiled() == first
+    lost = max(first)
+    lost.with_suffix(".json").unlink()
+    second = compiled()
+    assert {path for path in first if first[path] != second[path]} == {lost}
+    assert (tmp_path / "cubins.inc").read_text() == table and not list(tmp_path.glob("*.part"))
+
+
+def test_the_table_has_what_was_asked_for(tmp_path: Path) -> None:
+    """Not what else the folder has: a cubin of an earlier source stays out."""
+    forms = [f for f in native_cubins.forms() if f.kernel == "gated"][:2]
+    native_cubins.compile_all(tmp_path, forms, (90,), workers=1)
+    (only,) = native_cubins.compile_all(tmp_path, forms[:1], (90,), workers=1)
+    (row,) = table(tmp_path)
+    assert row["kernel"] == "gated" and row["digest"] == digest(only.read_bytes())
+
+
+def test_the_key_is_of_the_code() -> None:
+    """The same code for two problems is one cubin; another GPU, type or config is another."""
+    a, b = [f for f in native_cubins.forms() if f.kernel == "gated"][:2]
+    wider = native_cubins.Form("gated", dataclasses.replace(a.problem, columns=1 << 21))
+    assert native_cubins.key_of(a, 80) == native_cubins.key_of(wider, 80)
+    assert len({native_cubins.key_of(a, 80), native_cubins.key_of(a, 90), native_cubins.key_of(b, 80)}) == 3
 
 
 def test_the_command_refuses_an_unknown_gpu() -> None:
