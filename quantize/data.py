@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -46,14 +46,29 @@ class Way:
 
 
 def from_pipeline(writer: SetWriter, component: Component, source: Source, seed: int, say: Say) -> None:
+    left_out = record_into({component.name: writer}, [component], source, (), seed, say)
+    check_recorded(writer, left_out.get(component.name))
+
+
+def record_into(
+    writers: Mapping[str, SetWriter],
+    components: Sequence[Component],
+    source: Source,
+    prompts: Sequence[str],
+    seed: int,
+    say: Say,
+) -> dict[str, str]:
+    """Runs the source's pipeline, and each component's writer gets what flows in. Gives what was left out, and why."""
     assert source.folder is not None
     say("loading the pipeline")
-    pipe = pipelines.load_pipeline(source.folder, pickles=component.weights.kind == "memory")
-    site = site_of_component(component, pipe)
-    plan = pipelines.Plan.for_source(source, seed)
-    left_out = pipelines.record_runs(pipe, [site], {site.name: writer}, plan, writer.total or 0, seed, say)
-    check_recorded(writer, left_out.get(site.name))
-    writer.how = f"recorded from {type(pipe).__name__}, {pipelines.story(writer.notes)}"
+    pipe = pipelines.load_pipeline(source.folder, pickles=any(c.weights.kind == "memory" for c in components))
+    sites = [site_of_component(c, pipe) for c in components]
+    plan = pipelines.Plan.for_source(source, seed, prompts)
+    samples = max(w.total or 0 for w in writers.values())
+    left_out = pipelines.record_runs(pipe, sites, writers, plan, samples, seed, say)
+    for writer in writers.values():
+        writer.how = f"recorded from {type(pipe).__name__}, {pipelines.story(writer.notes)}"
+    return left_out
 
 
 def check_recorded(writer: SetWriter, why: str | None) -> None:
@@ -145,6 +160,42 @@ def feeds_of(
             writer.how = way.how
             way.make(writer, component, source, seed, say)
     return read_set(folder, component.name)
+
+
+def record_source(
+    components: Sequence[Component],
+    source: Source,
+    folder: Path,
+    *,
+    prompts: Sequence[str] = (),
+    samples: int = 32,
+    seed: int = 0,
+    say: Say = lambda _: None,
+) -> tuple[dict[str, CalibrationSet], dict[str, str]]:
+    """Sets of several components from the same runs of the source's pipeline, each in its own folder in `folder`.
+
+    Gives the sets, and for components without one why. Raises InputError for a source that has no pipeline.
+    """
+    if not pipelines.has_pipeline(source.folder):
+        raise InputError(
+            f"{source.text} has no pipeline to run",
+            got="no model_index.json",
+            expected="demo, or a folder or hub id of a diffusers pipeline",
+            mend="`optimize quantize` makes data for other sources by itself",
+        )
+    way = WAYS[0]
+    with ExitStack() as stack:
+        writers = {}
+        for c in components:
+            key = {**key_of(c, source, way), "samples": samples, "seed": seed, "prompts": list(prompts)}
+            writer = SetWriter(folder / c.name, c.name, key, total=samples, seed=seed)
+            writers[c.name] = stack.enter_context(writer)
+        left_out = {}
+        if not all(w.full for w in writers.values()):
+            left_out = record_into(writers, components, source, prompts, seed, say)
+    made = {name: read_set(folder / name, name) for name, w in writers.items() if w.notes}
+    never = {name: left_out.get(name, "it was never called") for name in writers if name not in made}
+    return made, never
 
 
 def key_of(component: Component, source: Source, way: Way) -> dict[str, str]:

@@ -114,7 +114,7 @@ def record_runs(
         runs = min(runs, len(plan.prompts))
     each = math.ceil(samples / runs)
     size = image_size(pipe, sites)
-    recorder = Recorder(sites, writers, lambda site, call: wanted(pipe, site, call, each, recorder.note["run"]))
+    recorder = Recorder(sites, writers, lambda site, call: wanted(pipe, site, call, each, recorder.note["run"]), True)
     begin = min((next_run(w) for w in writers.values() if not w.full), default=runs)
     with recorder, stopped_at(denoiser if texts_only else None):
         for run in itertools.takewhile(lambda _: not all(w.full for w in writers.values()), range(begin, runs)):
@@ -190,11 +190,12 @@ def call(pipe: Any, words: Mapping[str, Any]) -> None:
 
 
 def story(notes: Sequence[Mapping[str, Any]]) -> str:
-    """What the notes of recorded samples say in a line: `32 samples of 4 runs, 4 prompts, timesteps 999 to 1`."""
+    """What the notes of recorded samples say in a line: `32 samples, 4 runs, 4 prompts, timesteps 999 to 1`."""
     runs, prompts = ({n[k] for n in notes if k in n} for k in ("run", "prompt"))
     times = [n["timestep"] for n in notes if "timestep" in n]
     said = f", timesteps {max(times):g} to {min(times):g}" if times else ""
-    return f"{len(notes)} samples of {len(runs)} runs, {len(prompts)} prompts{said}"
+    counts = ((len(notes), "sample"), (len(runs), "run"), (len(prompts), "prompt"))
+    return ", ".join(f"{n} {word}{'s' * (n != 1)}" for n, word in counts) + said
 
 
 @contextmanager

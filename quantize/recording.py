@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import uuid
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -24,7 +27,7 @@ from optimize.compile.spec import Axis, Component, TensorSpec
 from optimize.errors import InputError
 
 from .fit import check_feeds, sizes_of, split_batch
-from .sets import SetWriter
+from .sets import CalibrationSet, SetWriter, read_about, read_set
 
 DENOISERS = ("unet", "dit", "controlnet")
 
@@ -202,6 +205,7 @@ def says_nothing(name: str, value: Any) -> bool:
 class Recorder:
     """Hooks on the sites' modules while the `with` block runs; each call that `keep(site, n)` wants is written.
 
+    A batch larger than the component's is split; with `one_part` one of its parts is taken, another one each time.
     `note` goes to every sample beside the call's number, its rows and its timestep. `left_out` says of a component
     what could not be recorded, and why. Nothing that the pipeline computes is touched.
     """
@@ -209,6 +213,7 @@ class Recorder:
     sites: Sequence[Site]
     writers: Mapping[str, SetWriter]
     keep: Callable[[Site, int], bool]
+    one_part: bool = False
     note: dict[str, Any] = field(default_factory=dict)
     calls: Counter[str] = field(default_factory=Counter)
     left_out: dict[str, str] = field(default_factory=dict)
@@ -251,11 +256,79 @@ class Recorder:
             return
         try:
             feeds = feeds_from_call(site.inputs, values())
-            for rows, part in split_batch(site.inputs, site.axes, feeds):
+            parts = split_batch(site.inputs, site.axes, feeds)
+            parts = [parts[len(writer.notes) % len(parts)]] if self.one_part else parts
+            for rows, part in parts:
                 note = {**self.note, "call": call, "rows": rows, **timestep_of(part)}
                 writer.add(check_feeds(site.inputs, site.axes, part), note)
         except InputError as e:
             self.left_out.setdefault(site.name, f"{e.what} ({e.got})")
+
+
+class Recording:
+    """`with optimize.record(pipe, folder) as recording: pipe(...)`: a set per component, of every Nth of its calls.
+
+    The sets are there when the block has ended without an error: `recording.sets`. Of a component that has none
+    `recording.left_out` says why.
+    """
+
+    def __init__(self, pipe: Any, folder: Path, components: Sequence[str] = (), every: int = 1) -> None:
+        self.folder, self.asked = folder, tuple(components)
+        self.name = type(pipe).__name__
+        self.sites = chosen_sites(sites_of_pipeline(pipe), components)
+        self.sets: dict[str, CalibrationSet] = {}
+        self.left_out: dict[str, str] = {}
+        if every < 1:
+            raise InputError("every how many calls?", got=every, expected="1 or more", mend="every=1 takes all")
+        if not self.sites:
+            raise InputError(f"{self.name} has no network that is served", mend="`optimize.record` needs one")
+        for site in self.sites:
+            check_new(folder / site.name)
+        self._every = every
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Self:
+        key = {"way": "recorded", "by": uuid.uuid4().hex}  # what an interrupted one left is of no other run's making
+        with ExitStack() as stack:
+            self._writers = {
+                s.name: stack.enter_context(SetWriter(self.folder / s.name, s.name, key)) for s in self.sites
+            }
+            recorder = Recorder(self.sites, self._writers, lambda _, call: call % self._every == 0)
+            self._recorder = stack.enter_context(recorder)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for writer in self._writers.values():
+            writer.how = f"recorded from {self.name}, {len(writer.notes)} samples"
+        self._stack.__exit__(kind, error, trace)
+        if kind is not None:
+            return
+        self.sets = {n: read_set(self.folder / n, n) for n, w in self._writers.items() if w.notes}
+        told = self._recorder.left_out
+        self.left_out = {
+            n: told.get(n, "it was never called") for n in self._writers if n in told or n not in self.sets
+        }
+        if lost := [n for n in self.asked if n not in self.sets]:
+            raise InputError(
+                f"nothing was recorded of {lost[0]}",
+                got=self.left_out[lost[0]],
+                expected="calls that its component can take",
+                mend="run the pipeline in the with block, or leave the component out",
+            )
+
+
+def check_new(folder: Path) -> None:
+    """Raises InputError for a folder with a finished set, which nobody asked to replace."""
+    if (read_about(folder) or {}).get("complete"):
+        raise InputError(
+            f"{folder} has a finished calibration set",
+            got="a set",
+            expected="a new folder",
+            mend="name another folder, or delete this one",
+        )
 
 
 def timestep_of(feeds: Feeds) -> dict[str, float]:

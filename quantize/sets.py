@@ -7,6 +7,7 @@ that an interrupted run goes on where it was.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -236,7 +237,11 @@ class SetWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is None and not self.done:
+        if not self.notes:  # nothing came: no set, and no trace of one
+            clear(self.folder)
+            with contextlib.suppress(OSError):
+                self.folder.rmdir()
+        elif kind is None and not self.done:
             self._write_about(complete=True)
             self.done = True
 

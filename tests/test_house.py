@@ -92,6 +92,7 @@ def test_public_names_are_these_and_exist() -> None:
         "export",
         "inspect",
         "load",
+        "record",
         "verify",
     ]
     for name in optimize.__all__:
@@ -111,6 +112,7 @@ LIGHT = [
     "optimize.progress",
     "optimize.exporting",
     "optimize.loading",
+    "optimize.recording",
     "optimize.evaluating",
     "optimize.compile",
     "optimize.compile.spec",
@@ -141,7 +143,7 @@ def test_imports_with_the_heavy_packages_blocked(module: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("verb", ["", "export", "build", "verify", "evaluate", "inspect", "targets", "doctor"])
+@pytest.mark.parametrize("verb", ["", "export", "build", "verify", "evaluate", "record", "inspect", "targets", "doctor"])
 def test_help_answers_with_the_heavy_packages_blocked(verb: str) -> None:
     done = run_blocked(f"from optimize.tools.cli import main; main({[v for v in (verb, '--help') if v]!r})")
     assert done.returncode == 0, done.stderr

@@ -63,7 +63,11 @@ def export_words(verb: argparse.ArgumentParser) -> None:
         "--component", action="append", default=[], metavar="NAME", help="only this component (repeat for more)"
     )
     verb.add_argument(
-        "--precision", action="append", default=[], metavar="P", help="fp32 (default), fp16, bf16; repeat for more"
+        "--precision",
+        action="append",
+        default=[],
+        metavar="P",
+        help="fp32 (default), fp16, bf16, int8 and other schemes of `optimize quantize`; repeat for more",
     )
     verb.add_argument(
         "--format", action="append", default=[], metavar="F", help="onnx (default), tensorrt; repeat for more"
@@ -84,6 +88,7 @@ def export_words(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--json", action="store_true")
     engine_words(verb)
     memory_words(verb)
+    calibration_words(verb.add_argument_group("for int8 and its like"))
 
 
 def engine_words(verb: argparse.ArgumentParser) -> None:
@@ -156,7 +161,6 @@ def quantize_words(verb: argparse.ArgumentParser) -> None:
         help="where Q and DQ go: onnxruntime or tensorrt (default: by scheme)",
     )
     verb.add_argument("--target", action="append", default=[], metavar="GPU", help="check that this GPU can run it")
-    verb.add_argument("--keep-high", action="append", default=[], metavar="PATTERN", help="layers that stay (repeat)")
     verb.add_argument(
         "--sensitivity", action="store_true", help="measure what each layer costs, even where the budget is met"
     )
@@ -165,7 +169,7 @@ def quantize_words(verb: argparse.ArgumentParser) -> None:
     calibration_words(verb)
 
 
-def calibration_words(verb: argparse.ArgumentParser) -> None:
+def calibration_words(verb: argparse._ActionsContainer) -> None:
     verb.add_argument(
         "--calibration",
         type=Path,
@@ -177,6 +181,7 @@ def calibration_words(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--method", default="mse", metavar="M", help="scales by minmax, percentile, entropy, mse (default)"
     )
+    verb.add_argument("--keep-high", action="append", default=[], metavar="PATTERN", help="layers that stay (repeat)")
     verb.add_argument("--no-smooth", action="store_true", help="leave out SmoothQuant")
     verb.add_argument(
         "--budget",
@@ -192,6 +197,21 @@ def evaluate_words(verb: argparse.ArgumentParser) -> None:
 
     bundle_words(verb)
     quality.words(verb)
+
+
+def record_words(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("source", metavar="SOURCE", help="demo, or a folder or hub id of a diffusers pipeline")
+    verb.add_argument("--out", required=True, type=Path, metavar="DIR", help="where a set per component is written")
+    verb.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="repeat for more; default: our own")
+    verb.add_argument("--prompts", type=Path, metavar="FILE", help="one prompt a line")
+    verb.add_argument("--samples", type=int, default=32, metavar="N", help="at most, of each component (default: 32)")
+    verb.add_argument("--seed", type=int, default=0, metavar="N")
+    verb.add_argument(
+        "--component", action="append", default=[], metavar="NAME", help="only this component (repeat for more)"
+    )
+    verb.add_argument("--axis", action="append", default=[], metavar="NAME=MIN:OPT:MAX", help="sizes, as for export")
+    verb.add_argument("--allow-pickle", action="store_true", help="read pickled weights (reading one can run its code)")
+    verb.add_argument("--json", action="store_true")
 
 
 def inspect_words(verb: argparse.ArgumentParser) -> None:
@@ -231,6 +251,7 @@ def run_export(args: argparse.Namespace, progress: Progress) -> int:
         timing_cache=args.timing_cache,
         memory=args.memory,
         kernels=args.kernels,
+        quantization=calibration_of(args),
     )
     if args.dry_run or args.why:
         with others_on_stderr():
@@ -290,7 +311,6 @@ def run_quantize(args: argparse.Namespace, progress: Progress) -> int:
         scheme=args.scheme,
         runtime=args.runtime,
         components=args.component,
-        keep=args.keep_high,
         sensitivity=args.sensitivity,
         targets=args.target,
         trust_remote_code=args.trust_remote_code,
@@ -315,6 +335,7 @@ def calibration_of(args: argparse.Namespace) -> dict[str, Any]:
         method=args.method,
         smooth=not args.no_smooth,
         budgets=args.budget,
+        keep=args.keep_high,
     )
 
 
@@ -324,6 +345,29 @@ def run_evaluate(args: argparse.Namespace, progress: Progress) -> int:
     with others_on_stderr():
         found = quality.measured(args, progress)
     return quality.report(found, args.json)
+
+
+def run_record(args: argparse.Namespace, progress: Progress) -> int:
+    from optimize.recording import prompts_from_file, record_source
+    from optimize.tools import tables
+
+    prompts = [*args.prompt, *(prompts_from_file(args.prompts) if args.prompts else [])]
+    with others_on_stderr():
+        made, never = record_source(
+            args.source,
+            args.out,
+            prompts=prompts,
+            samples=args.samples,
+            seed=args.seed,
+            components=args.component,
+            axes=args.axis,
+            allow_pickle=args.allow_pickle,
+            progress=progress,
+        )
+    rows = [{"component": n, "samples": len(s), "folder": str(args.out / n), "how": s.how} for n, s in made.items()]
+    rows += [{"component": n, "samples": 0, "folder": "", "how": f"not recorded: {why}"} for n, why in never.items()]
+    tables.show(rows, args.json)
+    return 0
 
 
 def run_inspect(args: argparse.Namespace, progress: Progress) -> int:
@@ -370,6 +414,11 @@ VERBS: dict[str, Verb] = {
         "how near a bundle's artifacts are to its fp32: per network, per timestep, and image by image",
         evaluate_words,
         run_evaluate,
+    ),
+    "record": (
+        "run a pipeline and keep what flows into its networks: data for --calibration",
+        record_words,
+        run_record,
     ),
     "inspect": (
         "what is in a graph: operators, sizes, precisions, fusions; --serve opens Netron",

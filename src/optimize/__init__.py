@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from optimize.exporting import export
     from optimize.loading import build, load, verify
     from optimize.quantizing import quantize
+    from optimize.recording import record
     from optimize.tools.inspecting import inspect
 
 _WHERE = {
@@ -27,6 +28,7 @@ _WHERE = {
     "build": "loading",
     "evaluate": "evaluating",
     "quantize": "quantizing",
+    "record": "recording",
     "inspect": "tools.inspecting",
     "Component": "compile.spec",
     "Axis": "compile.spec",
@@ -55,6 +57,7 @@ __all__ = [
     "inspect",
     "load",
     "quantize",
+    "record",
     "verify",
 ]
 
