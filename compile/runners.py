@@ -159,7 +159,7 @@ class OnnxRuntimeRunner:
     """ONNX Runtime on one provider. A session that would put a node elsewhere is refused.
 
     A graph with nodes of `ai.optimize` runs on the native library where that was built (`native=None`), on it or not at
-    all (True: MissingError without it), or by the functions' bodies (False).
+    all (True: MissingError without it), or by the functions' bodies (False). `entries` are session options by name.
     """
 
     name = "onnxruntime"
@@ -172,7 +172,9 @@ class OnnxRuntimeRunner:
         threads: int = 0,
         optimize: bool = True,
         native: bool | None = None,
+        entries: Mapping[str, str] = {},
     ) -> None:
+        self.entries = entries
         self.path, self.provider, self.threads, self.optimize, self.native = path, provider, threads, optimize, native
         self._session: Any = None
 
@@ -189,6 +191,8 @@ class OnnxRuntimeRunner:
         options.log_severity_level = 3
         options.intra_op_num_threads = self.threads
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        for key, value in self.entries.items():
+            options.add_session_config_entry(key, value)
         if not self.optimize:
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         if self.native is not False and uses_kernels(self.path):
@@ -243,5 +247,5 @@ def native_library(provider: str = "CPUExecutionProvider", *, required: bool = F
     return library
 
 
-BACKENDS: Mapping[str, Callable[[Path], OnnxRuntimeRunner]] = {"onnxruntime": OnnxRuntimeRunner}
+BACKENDS: Mapping[str, Callable[..., OnnxRuntimeRunner]] = {"onnxruntime": OnnxRuntimeRunner}
 """Backend name -> a runner of an artifact's file."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -107,8 +107,7 @@ def weights_in_file(path: Path, p: Placement) -> dict[str, str]:
     return found
 
 
-def layers_in_engine(layers: Iterable[Any], sites: Sequence[Site]) -> set[str]:
-    """Names of the sites that a TensorRT engine computes from inputs of few bits (`compile.tensorrt.EngineLayer`)."""
+def layers_in_engine(layers: Iterable[Any], sites: Iterable[str]) -> set[str]:
+    """Which of the sites a TensorRT engine computes from inputs of few bits (`compile.tensorrt.EngineLayer`)."""
     quantized = [layer for layer in layers if any(kind in ("Int8", "FP8", "Int4", "E4M3") for kind in layer.reads)]
-    nodes = {name for layer in quantized for name in layer.onnx}
-    return {s.name for s in sites if s.name in nodes}
+    return {name for layer in quantized for name in layer.onnx} & set(sites)

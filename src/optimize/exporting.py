@@ -53,6 +53,8 @@ class Request:
     timing_cache: Path | None = None
     memory: int | None = None
     kernels: bool = False
+    bases: tuple[str, ...] = ()
+    """Precisions that are made only to be quantized: no engines are built of them."""
 
 
 @dataclass(frozen=True)
@@ -196,16 +198,24 @@ def plan_from_request(request: Request, components: tuple[Component, ...], bundl
             onnx = onnx_id(component, precision, request.opset)
             step = step_for(bundle, onnx, component, precision, key, None)
             plan.steps.append(step)
-            for target in request.targets:
-                sm = target[1]
-                engine_key = {
-                    **key,
-                    "sm": str(sm),
-                    "weight streaming": str(request.weight_streaming),
-                    "tensorrt": flavour_text(sm),
-                }
-                plan.steps.append(step_for(bundle, f"{onnx}/sm{sm}", component, precision, engine_key, target))
+            for target in request.targets if precision not in request.bases else ():
+                plan.steps.append(engine_step(bundle, onnx, component, precision, key, target, request))
     return plan
+
+
+def engine_step(
+    bundle: Bundle | None,
+    onnx: str,
+    component: Component,
+    precision: str,
+    key: Mapping[str, str],
+    target: tuple[str, int],
+    request: Request,
+) -> Step:
+    """The step for an engine of the artifact `onnx`, whose key is `key`."""
+    sm = target[1]
+    more = {"sm": str(sm), "weight streaming": str(request.weight_streaming), "tensorrt": flavour_text(sm)}
+    return step_for(bundle, f"{onnx}/sm{sm}", component, precision, {**key, **more}, target)
 
 
 def step_for(
@@ -492,6 +502,7 @@ def make_engine(step: Step, request: Request, bundle: Bundle, progress: Progress
         build = engine_from_onnx(
             bundle.path(parent), folder / f"{stem}.engine", profile_of(step.component), spec, progress=progress.say
         )
+        quantized = count_in_engine(parent, build)
         relative = f"{step.component.name}/{stem}.engine"
         path = bundle.adopt(build.path, relative)
     artifact = Artifact(
@@ -512,12 +523,32 @@ def make_engine(step: Step, request: Request, bundle: Bundle, progress: Progress
             "version": build.version,
             "weight_streaming": request.weight_streaming,
             "profile": {k: [list(s) for s in v] for k, v in build.profile.items()},
+            **quantized,
         },
         versions=versions(),
         seconds={"build": round(build.seconds, 3)},
         notes=["not run: needs a GPU of this target; its graph was proved as " + parent.id],
     )
     bundle.record(artifact)
+
+
+def count_in_engine(parent: Artifact, build: Any) -> dict[str, int]:
+    """The last count of a receipt: layers that the engine computes from numbers of few bits. Raises GateError where
+    one that was quantized is not among them."""
+    from optimize.quantize.receipt import layers_in_engine
+
+    if parent.receipt is None:
+        return {}
+    wanted = [x.name for x in parent.receipt.layers if x.precision == parent.receipt.scheme and x.kind != "attention"]
+    found = layers_in_engine(build.layers, wanted)
+    if lost := [name for name in wanted if name not in found]:
+        raise GateError(
+            f"{parent.id}: the engine computes quantized layers in floating point",
+            got=f"{len(found)} of {len(wanted)} in {parent.receipt.scheme}; lost: {', '.join(lost[:4])}",
+            expected="all of them",
+            mend="leave those layers high (--keep-high), so that nothing pretends to be what it is not",
+        )
+    return {"quantized": len(found)}
 
 
 def profile_of(component: Component) -> dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]:
@@ -527,28 +558,64 @@ def profile_of(component: Component) -> dict[str, tuple[tuple[int, ...], tuple[i
 
 
 def export(
-    source: str, out: Path | str, *, dry_run: bool = False, progress: Progress | None = None, **words: Any
+    source: str,
+    out: Path | str,
+    *,
+    precisions: Sequence[str] = ("fp32",),
+    quantization: Mapping[str, Any] | None = None,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+    **words: Any,
 ) -> Any:
     """Exports a source into a bundle; every artifact in it is proved. The words are those of the command line.
 
     Args:
         source: `demo`, a folder, a hub id, `arch:NAME[@tiny]`, or `python:package.module:factory`.
         out: the bundle's folder, new or a bundle of the same source (what is there and unchanged is kept).
+        precisions: fp32, fp16, bf16; or a scheme of `optimize.quantize` (int8, ...), whose base is exported with it.
+        quantization: words for `optimize.quantize`: calibration, samples, budgets, keep, ...
         dry_run: gives the `Plan` and writes nothing.
-        words: see `request_from_words`: components, precisions, formats, targets, axes, opset, ...
+        words: see `request_from_words`: components, formats, targets, axes, opset, ...
 
     Returns:
         The `Bundle`, or with `dry_run` the `Plan`.
 
     Raises:
-        InputError: the words or the source are wrong. GateError: parity was missed. MissingError: a package or space.
+        InputError: the words or the source are wrong. GateError: parity, a receipt or a budget was missed.
+        MissingError: a package or space.
     """
+    from optimize import quantizing
     from optimize.compile.bundle import Bundle
+    from optimize.compile.spec import PRECISIONS, QUANTIZED
 
-    request = request_from_words(source, out, **words)
+    choose("precision", precisions, (*PRECISIONS, *QUANTIZED))
+    floats = [p for p in precisions if p in PRECISIONS]
+    fewer = quantizing.requests_for_export(out, precisions, words, quantization or {})
+    bases = [p for p in quantizing.bases_for(fewer) if p not in floats]
+    request = replace(request_from_words(source, out, precisions=[*floats, *bases], **words), bases=tuple(bases))
     there = Bundle.look(request.out, request.source)
     components = components_for(request)  # the words are checked against the source before anything is written
+    plan = plan_from_request(request, components, there)
     if dry_run:
-        return plan_from_request(request, components, there)
+        plan.steps += quantizing.steps_for(plan, fewer, there)
+        return plan
+    shown = progress or Progress(enabled=False)
     with Bundle.create(request.out, request.source, list(request.trust)) as bundle:
-        return run_plan(plan_from_request(request, components, bundle), bundle, progress or Progress(enabled=False))
+        run_plan(plan_from_request(request, components, bundle), bundle, shown)
+        for wanted in fewer:
+            quantizing.quantize_all(bundle, wanted, shown)
+            made = [quantizing.artifact_id(wanted, c.name) for c in components]
+            build_engines(bundle, [bundle.manifest.artifacts[i] for i in made], request, shown)
+        return bundle
+
+
+def build_engines(bundle: Bundle, artifacts: Iterable[Artifact], request: Request, progress: Progress) -> None:
+    """Engines of ONNX artifacts for the request's targets; what is there and unchanged is kept."""
+    from optimize.loading import recorded_component
+
+    for artifact in artifacts:
+        component, precision = recorded_component(bundle, artifact.component), str(artifact.spec["precision"])
+        for target in request.targets:
+            step = engine_step(bundle, artifact.id, component, precision, artifact.key, target, request)
+            if not step.hit:
+                make_engine(step, request, bundle, progress, artifact)

@@ -62,7 +62,11 @@ class LoadedComponent:
 
     def onnx(self, precision: str | None = None) -> Artifact:
         """The ONNX artifact of a precision."""
-        found = {str(a.spec["precision"]): a for a in reversed(self.artifacts("onnx"))}
+        found: dict[str, Artifact] = {}
+        for artifact in self.artifacts("onnx"):
+            if artifact.spec.get("runtime") == "onnxruntime":  # placed for the runtime that runners use
+                found[str(artifact.spec["precision"])] = artifact
+            found.setdefault(str(artifact.spec["precision"]), artifact)
         wanted = precision or (next(iter(found)) if len(found) == 1 else "fp32")
         if wanted not in found:
             raise InputError(
@@ -71,6 +75,13 @@ class LoadedComponent:
                 mend=f"optimize export {self.bundle.manifest.source} --out {self.bundle.root} --precision {wanted}",
             )
         return found[wanted]
+
+
+def simulated(precision: str) -> dict[str, Any]:
+    """What ONNX Runtime's CPU provider needs to run a precision that it has no kernels for."""
+    from optimize.quantizing import runs_simulated
+
+    return {"entries": runs_simulated(precision)}
 
 
 class LoadedBundle(Mapping[str, LoadedComponent]):
@@ -240,6 +251,10 @@ def verify_onnx(
     from optimize.gate import parity_of_onnx, plan_for, refusals
     from optimize.profiles import parity
 
+    if artifact.receipt is not None:
+        from optimize.quantizing import verified
+
+        return Verification(artifact.id, "passed", verified(bundle, artifact, component))
     precision = str(artifact.spec["precision"])
     component = replace(component, kernels=bool(artifact.spec.get("kernels")))
     if component.weights.digest() != artifact.key.get("weights"):
@@ -279,7 +294,7 @@ def build(
     Raises InputError for unknown targets and components, MissingError where no TensorRT serves a target.
     """
     from optimize.compile.bundle import Bundle
-    from optimize.exporting import choose, flavour_text, make_engine, request_from_words, step_for
+    from optimize.exporting import build_engines, choose, request_from_words
 
     old = Bundle.read(Path(folder))
     choose("component", components, old.manifest.components)
@@ -297,26 +312,16 @@ def build(
         chosen = [
             a
             for a in bundle.artifacts(kind="onnx")
-            if (not components or a.component in components) and (not precisions or a.spec["precision"] in precisions)
+            if (not components or a.component in components)
+            and (not precisions or a.spec["precision"] in precisions)
+            and a.spec.get("runtime", "tensorrt") == "tensorrt"
         ]
         if not chosen:
             raise InputError(
                 "the bundle has no ONNX artifact to build from",
-                got=f"{len(bundle.artifacts())} artifacts",
-                expected="one that `optimize export` proved",
-                mend="optimize export first",
+                got=", ".join(a.id for a in bundle.artifacts(kind="onnx")) or "none",
+                expected="one that `optimize export` proved; a quantized one has to be placed for TensorRT",
+                mend="`optimize export`, or `optimize quantize DIR --for tensorrt`",
             )
-        for artifact in chosen:
-            component = recorded_component(bundle, artifact.component)
-            for target in request.targets:
-                key = {
-                    **artifact.key,
-                    "sm": str(target[1]),
-                    "weight streaming": str(weight_streaming),
-                    "tensorrt": flavour_text(target[1]),
-                }
-                precision = str(artifact.spec["precision"])
-                step = step_for(bundle, f"{artifact.id}/sm{target[1]}", component, precision, key, target)
-                if not step.hit:
-                    make_engine(step, request, bundle, shown, artifact)
+        build_engines(bundle, chosen, request, shown)
         return bundle

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from optimize.compile.bundle import Bundle
     from optimize.compile.records import Artifact, Latency, Layer, Parity, Quality, Receipt
     from optimize.compile.spec import Component
+    from optimize.exporting import Plan, Step
     from optimize.quantize.data import CalibrationSet
     from optimize.quantize.measures import Budget
     from optimize.quantize.place import Placement
@@ -186,6 +187,38 @@ def quantize_all(bundle: Bundle, request: Request, progress: Progress) -> None:
             quantize_component(bundle, name, request, progress)
 
 
+def requests_for_export(
+    out: Path | str, precisions: Iterable[str], words: Mapping[str, Any], quantization: Mapping[str, Any]
+) -> list[Request]:
+    """What `optimize export --precision int8 ...` asks of this verb: one request per scheme among the precisions."""
+    from optimize.compile.spec import QUANTIZED
+
+    shared = {k: words[k] for k in ("components", "targets", "trust_remote_code") if k in words}
+    return [request_from_words(out, scheme=p, **shared, **quantization) for p in precisions if p in QUANTIZED]
+
+
+def bases_for(requests: Iterable[Request]) -> list[str]:
+    """The precisions that have to be exported first."""
+    return list(dict.fromkeys(BASES[r.runtime][0] for r in requests))
+
+
+def steps_for(plan: Plan, requests: Iterable[Request], bundle: Bundle | None) -> list[Step]:
+    """The steps that an export's plan gets for the schemes asked for."""
+    from optimize.exporting import Step, step_for
+
+    steps = []
+    for request in requests:
+        for component in plan.components:
+            id_ = artifact_id(request, component.name)
+            stale = [s.artifact for s in plan.steps if s.component.name == component.name and not s.hit]
+            base = base_of(bundle, component.name, request, required=False) if bundle and not stale else []
+            if base:
+                steps.append(step_for(bundle, id_, component, request.scheme, key_of(base[0], request), None))
+            else:
+                steps.append(Step(id_, component, request.scheme, {}, "its base is made first", False))
+    return steps
+
+
 def chosen_components(bundle: Bundle, request: Request) -> list[str]:
     from optimize.exporting import choose
 
@@ -303,7 +336,7 @@ def quantize_component(bundle: Bundle, name: str, request: Request, progress: Pr
         load_samples(work)
         placement = calibrated(work)
         found, quality = within_budget(work, placement)
-        parity = proof(work)
+        parity = proof(folder / f"{work.stem}.onnx", work.path, base, request.scheme, component)
         receipt = receipt_of(work, found, quality)
         adopt(step, bundle, folder, spec_of(work, found), work.seconds, parity, None, receipt=receipt, base=base)
 
@@ -531,19 +564,18 @@ def quality_of(work: Work, path: Path) -> list[Quality]:
     ]
 
 
-def proof(work: Work) -> Parity:
+def proof(path: Path, base_path: Path, base: Artifact, scheme: str, component: Component) -> Parity:
     """The quantized graph at the three sets of sizes against the base artifact, on random feeds."""
     from optimize.compile.feeds import feeds_for
     from optimize.compile.records import OutputError, Parity, ShapeParity
     from optimize.profiles.parity import distance
 
-    few = session(work.folder / f"{work.stem}.onnx", **runs_simulated(work.request.scheme))
-    base, precision = session(work.path), str(work.base.spec["precision"])
+    few, exact_session = session(path, **runs_simulated(scheme)), session(base_path)
     limit = 10 ** (-FLOOR_DB / 20)
     shapes = []
-    for name, sizes in work.component.shape_sets().items():
-        feeds = feeds_for(work.component.inputs, sizes, precision)
-        exact, got = base.run(feeds), few.run(feeds)
+    for name, sizes in component.shape_sets().items():
+        feeds = feeds_for(component.inputs, sizes, str(base.spec["precision"]))
+        exact, got = exact_session.run(feeds), few.run(feeds)
         errors = []
         for output, tensor in exact.items():
             relative, worst = distance([got[output]], [tensor])
@@ -554,7 +586,7 @@ def proof(work: Work) -> Parity:
         )
     parity = Parity(
         backend="onnxruntime CPU",
-        reference=work.base.id,
+        reference=base.id,
         how="whole",
         rule=f"SNR >= {FLOOR_DB:g} dB on random feeds at each set of sizes; the receipt has the figures on real ones",
         shapes=shapes,
@@ -564,12 +596,48 @@ def proof(work: Work) -> Parity:
         shape = next(s for s in shapes if not s.passed)
         error = max(shape.outputs, key=lambda e: e.relative)
         raise GateError(
-            f"{work.base.component} in {work.request.scheme} is far off at the {shape.name} sizes",
+            f"{base.component} in {scheme} is far off at the {shape.name} sizes",
             got=f"{error.name} is off by {error.relative:.2g} at {dict(shape.sizes)}",
             expected=parity.rule,
             mend="calibrate with samples of such sizes (--calibration), or leave layers high (--keep-high)",
         )
     return parity
+
+
+def verified(bundle: Bundle, artifact: Artifact, component: Component) -> str:
+    """Proves a quantized artifact again: near its base at every set of sizes, and its layers' counts as the receipt has
+    them. Raises GateError where it is not so; gives the figures."""
+    from optimize.quantize import receipt as counting
+    from optimize.quantize.place import Placement
+    from optimize.quantize.schemes import SCHEMES
+
+    receipt = artifact.receipt
+    assert receipt is not None
+    base, path = bundle.manifest.artifacts[receipt.base], bundle.path(artifact)
+    parity = proof(path, bundle.path(base), base, receipt.scheme, component)
+    chosen = {x.name for x in receipt.layers if x.precision == receipt.scheme}
+    sites = tuple(s for s in sites_in(bundle.path(base)) if s.name in chosen)
+    placement = Placement(SCHEMES[receipt.scheme], receipt.runtime, receipt.method, sites)
+    written, fused = counting.exported(path, placement), None
+    if receipt.kernels is not None:
+        with bundle.workspace(f"verify {artifact.id}") as folder:
+            fused = len(counting.kernels(path, placement, folder))
+    if (len(chosen), len(written), fused) != (receipt.chosen, receipt.exported, receipt.kernels):
+        raise GateError(
+            f"{artifact.id}: its layers are not those of its receipt",
+            got=f"{len(chosen)} chosen, {len(written)} with Q and DQ, {fused} integer kernels",
+            expected=f"{receipt.chosen}, {receipt.exported}, {receipt.kernels}",
+            mend="quantize again",
+        )
+    return f"within {parity.worst:.1e} of {base.id}; {receipt.chosen} layers as the receipt says"
+
+
+def sites_in(path: Path) -> list[Site]:
+    import onnx_ir as ir
+
+    from optimize.quantize.sites import sites_of
+
+    return [replace(s, stays="") for s in sites_of(ir.load(path))]
 
 
 def latency_of(work: Work, path: Path) -> Latency | None:
