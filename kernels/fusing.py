@@ -9,6 +9,8 @@ that `unfuse` has only the class to put back.
 from __future__ import annotations
 
 import ast
+import difflib
+import fnmatch
 import functools
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -203,7 +205,7 @@ def of_block(module: nn.Module, path: str, paths: Mapping[int, str], impl: str) 
 # --- the two verbs ---------------------------------------------------------------------------------------------------
 
 
-def fuse(module: nn.Module, impl: Impl = "auto") -> Report:
+def fuse(module: nn.Module, impl: Impl = "auto", *, exclude: Sequence[str] = ()) -> Report:
     """Rewrites the module and all in it, in place, and says for each attention, norm, rotation and gate what it became.
 
     For inference: the module has to be in eval mode, and calls of it belong under `torch.no_grad()`. Parameters, their
@@ -214,8 +216,9 @@ def fuse(module: nn.Module, impl: Impl = "auto") -> Report:
     the like are in place. A processor that is set later is called as it is.
 
     Fusing twice is fusing once: a fused module is unfused first. A copy or a pickle of a fused module is fused.
-    `impl` is that of the operations. Raises TypeError for what is no module, ValueError for an unknown `impl` and
-    InputError for a module in training mode.
+    `impl` is that of the operations. `exclude` are patterns of module paths (`"mid_block"`, `"*.attn1"`): what they
+    match stays as it is, with all that is in it. Raises TypeError for what is no module, ValueError for an unknown
+    `impl` and InputError for a module in training mode or a pattern that matches no module.
     """
     check_impl(impl)
     if not isinstance(module, nn.Module):
@@ -224,11 +227,15 @@ def fuse(module: nn.Module, impl: Impl = "auto") -> Report:
         raise InputError("fuse is for inference", got="a module in training mode", mend="call module.eval() first")
     unfuse(module)
     modules = dict(module.named_modules())
+    excluded = excluded_by(exclude, list(modules))
     paths = {id(child): path for path, child in modules.items()}
+    open_paths = {key: path for key, path in paths.items() if path not in excluded}
     sites: dict[tuple[str, str], Site] = {}
     recipes = []
     for path, child in modules.items():
-        recipe, found = of_module(child, path, paths, impl)
+        recipe, found = of_module(child, path, paths if path in excluded else open_paths, impl)
+        if path in excluded:
+            recipe, found = None, [Site(s.path, s.kind, why=f"excluded by {excluded[path]!r}") for s in found]
         recipes.append((child, recipe))
         for site in found:
             if absorbed(sites.get((site.path, site.kind)), site):
@@ -237,6 +244,27 @@ def fuse(module: nn.Module, impl: Impl = "auto") -> Report:
         if recipe is not None:
             child.__class__ = class_of(recipe)
     return Report(tuple(in_order(sites.values(), list(modules))))
+
+
+def excluded_by(patterns: Sequence[str], paths: Sequence[str]) -> dict[str, str]:
+    """Path -> the pattern that matches it, or a module that it is in."""
+    if isinstance(patterns, str):
+        raise TypeError(f"exclude: got the string {patterns!r}, expected a list of patterns")
+    found: dict[str, str] = {}
+    for pattern in patterns:
+        matched = set(fnmatch.filter(paths, pattern))
+        if not matched:
+            near = difflib.get_close_matches(pattern, paths, 3, 0.4)
+            raise InputError(
+                "exclude: no module has such a path",
+                got=pattern,
+                expected=f"one like {', '.join(near)}" if near else "a path of named_modules(), or a pattern of some",
+            )
+        for path in paths:
+            parts = path.split(".")
+            if not matched.isdisjoint(".".join(parts[:n]) for n in range(1, len(parts) + 1)):
+                found.setdefault(path, pattern)
+    return found
 
 
 def absorbed(known: Site | None, site: Site) -> bool:

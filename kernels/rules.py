@@ -29,7 +29,7 @@ class Site:
 
 @dataclass
 class Rewriting:
-    """One function on its way: its scope, the paths of all modules, what was found so far."""
+    """One function on its way: its scope, the paths of the modules that may be touched, what was found so far."""
 
     scope: Scope
     paths: Mapping[int, str]
@@ -51,8 +51,9 @@ class Rewriting:
         key = (question.__name__, ast.unparse(node))
         if key not in self.known:
             thing = self.scope.resolve(node)
+            closed = thing is UNKNOWN or (isinstance(thing, nn.Module) and id(thing) not in self.paths)
             try:
-                self.known[key] = None if thing is UNKNOWN else question(thing)
+                self.known[key] = None if closed else question(thing)
             except DeclinedError:
                 self.known[key] = None
         return self.known[key]

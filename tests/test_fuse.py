@@ -511,6 +511,46 @@ def test_a_copy_and_a_pickle_of_a_fused_module_are_fused_and_can_be_unfused():
     assert operators.counts["optimize.attention"] == 1
 
 
+def test_what_is_excluded_stays_with_all_that_is_in_it():
+    module = component("sd15-unet").build()
+    all_of = {(s.path, s.kind): s for s in fuse(module).sites}
+    report = fuse(module, exclude=["mid_block", "down_blocks.*.norm2"])
+    own = [path for path, child in module.named_modules() if "_fused_recipe" not in vars(type(child))]
+    assert [site for site in report.sites if site.path.startswith("mid_block.")]
+    for site in report.sites:
+        inside = site.path.startswith("mid_block.")
+        norm = site.path.startswith("down_blocks.") and site.path.endswith(".norm2")
+        assert (not site.into and "excluded by" in site.why and site.path in own) == (inside or norm)
+        assert inside or norm or site == all_of[site.path, site.kind]
+    why = only(report, "down_blocks.0.attentions.0.transformer_blocks.0.norm2").why
+    assert why == "excluded by 'down_blocks.*.norm2'"
+    assert {(s.path, s.kind) for s in report.sites} <= set(all_of)
+
+
+def test_a_norm_that_is_excluded_is_called_by_the_block_around_it():
+    """The sum before it and the modulation after it stay the block's own."""
+    torch.manual_seed(0)
+    block, x = GatedSum().eval(), torch.randn(2, 5, 6)
+    before = block(x, x[:, :1], x[:, :1])
+    report = fuse(block, exclude=["norm"])
+    assert [(s.path, s.kind, s.why) for s in report.sites] == [
+        ("norm", "layer_norm", "excluded by 'norm'"),
+        ("then", "layer_norm", ""),
+    ]
+    with Operators() as operators:
+        assert torch.equal(block(x, x[:, :1], x[:, :1]), before)
+    assert not [name for name in operators.counts if name.startswith("optimize")]
+
+
+def test_a_pattern_that_excludes_nothing_is_refused():
+    block = GatedSum().eval()
+    with pytest.raises(InputError, match=r"no module has such a path\s+got: nrom\s+expected: one like norm"):
+        fuse(block, exclude=["norm", "nrom"])
+    assert type(block) is GatedSum
+    with pytest.raises(TypeError, match="exclude: got the string 'norm', expected a list"):
+        fuse(block, exclude="norm")
+
+
 def test_impl_reaches_every_operation():
     from optimize.errors import MissingError
     from optimize.kernels.select import interpreting
