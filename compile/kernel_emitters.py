@@ -99,16 +99,16 @@ def norm(kind: str, sums: bool, has_bias: bool) -> Emitter:
             inputs.append(bias or number(g, normed, 0.0))
         modulated = scale is not None or shift is not None
         if modulated:
-            inputs += [scale or number(g, normed, 0.0), shift or number(g, normed, 0.0)]
+            inputs += [scale or number(g, normed, 0.0, 3), shift or number(g, normed, 0.0, 3)]
         name = ("GatedAdd" if gate else "Add" if residual else "") + kind + ("Modulated" if modulated else "")
         return node(g, name, *(g.cast(t, normed.dtype) for t in inputs), out=out, epsilon=eps)
 
     return emit
 
 
-def number(g: Builder, x: Tensor, value: float) -> Tensor:
-    """A vector of the channels of x that changes nothing: 1 for a factor, 0 for a summand."""
-    return g.fixed(torch.full((int(x.shape[-1]),), value, dtype=x.dtype))
+def number(g: Builder, x: Tensor, value: float, rank: int = 1) -> Tensor:
+    """[..., channels of x], which changes nothing: 1 for a factor, 0 for a summand."""
+    return g.fixed(torch.full((*[1] * (rank - 1), int(x.shape[-1])), value, dtype=x.dtype))
 
 
 def qk_norm_rope(

@@ -137,15 +137,16 @@ def written(model: ir.Model, folder: Path) -> Path:
     return path
 
 
+@pytest.mark.parametrize("native", [False, True], ids=["body", "library"])
 @pytest.mark.parametrize("name", CASES)
-def test_each_operation_is_one_node_that_gives_what_eager_gives(name: str, tmp_path: Path) -> None:
+def test_each_operation_is_one_node_that_gives_what_eager_gives(name: str, native: bool, tmp_path: Path) -> None:
     component = component_of(name)
     model, _, _ = graph_from_component(component, "fp32", 23, Clock(lambda s: None))
     found = Counter(n.op_type for n in model.graph if n.domain == DOMAIN)
     assert found == CASES[name][2]
     assert {f.name for f in model.functions.values()} == set(found)
     assert all(n.metadata_props["optimize.torch_node"] for n in model.graph if n.domain == DOMAIN)
-    with OnnxRuntimeRunner(written(model, tmp_path), native=False) as runner, EagerRunner(component) as eager:
+    with OnnxRuntimeRunner(written(model, tmp_path), native=native) as runner, EagerRunner(component) as eager:
         for what, sizes in component.shape_sets().items():
             feeds = feeds_for(component.inputs, sizes, "fp32", 1)
             got, wanted = runner.infer(feeds), eager.infer(feeds)
