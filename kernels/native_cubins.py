@@ -36,10 +36,8 @@ DTYPES = ("fp16", "fp32")
 ACTIVATIONS = ("gelu", "gelu_tanh", "silu")
 """In the order of the library's enum Gate, whose numbers stand for them."""
 HEAD_DIMS = (32, 40, 64, 72, 80, 96, 128, 160, 256, 512)
-GROUPED = (64, 128)
-"""Head sizes of models whose query heads share key heads,"""
-GROUPS = (2, 3, 4, 5, 6, 7, 8, 16)
-"""and how many share one."""
+TEXT = (64, 128)
+"""Head sizes of language models and text encoders: short prompts, and one token at a time."""
 MANY, FEW = 4096, 128
 
 
@@ -52,23 +50,20 @@ class Form:
 
 
 def attention_forms() -> Iterator[Form]:
+    """For groups of any size, see `kernels`."""
     from .triton_attention import AttentionProblem
 
     def form(head_dim: int, dtype: str, queries: int = MANY, keys: int = MANY, **rest: Any) -> Form:
         return Form("attention", AttentionProblem(head_dim, dtype, queries, keys, **rest))
 
     for head_dim, causal in itertools.product(HEAD_DIMS, (False, True)):
-        yield form(head_dim, "fp32", causal=causal)
-        yield form(head_dim, "fp16", causal=causal)
-        yield form(head_dim, "fp16", keys=FEW, causal=causal)
+        yield from (form(head_dim, dtype, causal=causal) for dtype in DTYPES)
+        if head_dim in TEXT or (head_dim <= 128 and not causal):  # all keys in one block
+            yield form(head_dim, "fp16", keys=FEW, causal=causal)
     for head_dim, dtype in itertools.product(HEAD_DIMS, DTYPES):
         yield from (form(head_dim, dtype, bias=bias) for bias in (dtype, "bool"))
-    for head_dim in GROUPED:
-        yield form(head_dim, "fp16", queries=1)
-        for group in GROUPS:
-            yield from (form(head_dim, "fp16", group=group, causal=causal) for causal in (False, True))
-            yield from (form(head_dim, "fp16", group=group, bias=bias) for bias in ("fp16", "bool"))
-            yield form(head_dim, "fp16", queries=1, heads=32, group=group)
+    for head_dim, bias in itertools.product(TEXT, ("", "fp16", "bool")):
+        yield form(head_dim, "fp16", queries=1, group=16, bias=bias)  # packed: rows are the heads of a group
 
 
 def norm_forms() -> Iterator[Form]:
@@ -136,8 +131,14 @@ def forms() -> Iterator[Form]:
 
 @functools.cache
 def kernels() -> Mapping[str, Kernel[Any, Any]]:
-    """By name. The second pass of group norm takes its statistics merged: one form for groups of all sizes."""
+    """By name. Attention is told at the launch how many query heads share a key head, and the second pass of group norm
+    takes its statistics merged: one form each for groups of all sizes."""
     from . import triton_attention, triton_gated, triton_group_norm, triton_norms, triton_rope
+
+    def grouped(problem: Any, config: Any) -> Any:
+        code = triton_attention.compiled(problem, config)
+        constants = {name: value for name, value in code.constants.items() if name != "GROUP"}
+        return dataclasses.replace(code, signature={**code.signature, "GROUP": "i32"}, constants=constants)
 
     def merged(problem: Any, config: Any) -> Any:
         types = {"x": problem.dtype, "weight": problem.weight, "bias": problem.bias, "out": problem.dtype}
@@ -145,9 +146,10 @@ def kernels() -> Mapping[str, Kernel[Any, Any]]:
         constants = triton_group_norm.apply_meta(problem, config, 0)
         return triton_group_norm.specialised(triton_group_norm.apply_kernel, types, constants, config.warps)
 
+    attention = dataclasses.replace(triton_attention.KERNEL, compiled=grouped)
     apply = dataclasses.replace(triton_group_norm.APPLY, compiled=merged)
     made = (
-        triton_attention.KERNEL, triton_gated.KERNEL, triton_group_norm.KERNEL, triton_group_norm.PARTIAL,
+        attention, triton_gated.KERNEL, triton_group_norm.KERNEL, triton_group_norm.PARTIAL,
         triton_group_norm.MERGE, apply, triton_norms.KERNEL, triton_rope.KERNEL,
     )  # fmt: skip
     return {kernel.name: kernel for kernel in made}

@@ -33,7 +33,7 @@ def wanted(form: native_cubins.Form) -> bool:
     if getattr(p, "dtype", "fp16") != "fp16":
         return form.kernel == "gated" and p.activation == "silu" and p.unit == 1
     keep = {
-        "attention": lambda: p.head_dim in (40, 64) and p.group == 1 and not p.causal and p.queries > 1,
+        "attention": lambda: p.head_dim in (40, 64) and not p.causal,
         "norm": lambda: not p.rms and p.residual and p.gate and p.scale and p.channels < 32767,
         "group_norm": lambda: p.silu,
         "qk_norm_rope": lambda: p.weight and p.head_dim == 128,
@@ -135,6 +135,7 @@ def test_attention(folder: Path, program: Path) -> None:
         "k_token": 40, "v_batch": 8 * 77 * 40, "v_head": 77 * 40, "v_token": 40, "out_batch": 8 * 300 * 40,
         "out_head": 300 * 40, "out_token": 40, "bias_batch": 0, "bias_head": 0, "bias_query": 0, "bias_key": 0,
         "programs": 8, "queries": 300, "keys": 77, "blocks": math.ceil(300 / row["constants"]["BLOCK_M"]), "scale": 0.5,
+        "GROUP": 1,
     }  # fmt: skip
     assert row["constants"]["ONE_BLOCK"] == 1, "77 keys fit into one block"
     assert launch["grid"] == 2 * 8 * values["blocks"] and launch["stream"] == "0x77"
@@ -146,6 +147,17 @@ def test_attention_with_a_bias(folder: Path, program: Path) -> None:
     row, values = matched(launch, table(folder))
     assert (values["bias"], values["bias_batch"], values["bias_head"], values["bias_key"]) == (0x50000, 77, 0, 1)
     assert (row["constants"]["KIND"], row["constants"]["HEAD"]) == (1, 40) and dict(row["arguments"])["bias"] == "*fp16"
+
+
+def test_attention_with_shared_key_heads(folder: Path, program: Path) -> None:
+    """One form serves groups of any size; where there are few rows, those of a group stand in one block."""
+    many, one = launches(ran(program, "grouped", "one_token"))
+    rows = table(folder)
+    (row, values), (packed, ones) = matched(many, rows), matched(one, rows)
+    assert "GROUP" not in row["constants"] and values["GROUP"] == ones["GROUP"] == 4
+    assert (row["constants"]["PACK"], values["programs"]) == (0, 8), "each query head on its own"
+    assert (packed["constants"]["PACK"], ones["programs"], one["grid"]) == (1, 2, 2 * 2), "a block for each key head"
+    assert packed["constants"]["BLOCK_M"] == 16 and (values["q_batch"], values["k_batch"]) == (8 * 19200, 2 * 19200)
 
 
 def test_norm(folder: Path, program: Path) -> None:

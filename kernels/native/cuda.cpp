@@ -149,14 +149,15 @@ void attention_on_cuda(const AttentionProblem& p, bool half, void* stream) {
   const int64_t kind = p.bias_kind == BiasKind::none ? 0 : p.bias_kind == BiasKind::added ? 1 : 2;
   const bool one_row = kind && b[2] == 0 && (b[1] == 0 || group == 1), causal = p.causal && p.queries > 1;
   const auto fits = [&](const Kernel& k) {
-    return k["HEAD"] == p.head_dim && k["GROUP"] == group && k["CAUSAL"] == causal && k["KIND"] == kind &&
+    return k["HEAD"] == p.head_dim && k["CAUSAL"] == causal && k["KIND"] == kind &&
            (!k["ONE_ROW"] || one_row) && (!k["ONE_BLOCK"] || p.keys <= k["BLOCK_N"]) &&
            (!k["EVEN_KEYS"] || p.keys % k["BLOCK_N"] == 0) && divides(k["UNIT"], {row}) && k.type("q") == pointer_type(half) &&
            (!kind || k.type("bias") == (kind == 2 ? "*i1" : pointer_type(half)));
   };
-  const auto cost = [&](const Kernel& k) {
-    const int64_t rows = p.queries * (k["PACK"] ? group : 1);
-    const int64_t padded = blocks(rows, k["BLOCK_M"]) * k["BLOCK_M"] * blocks(p.keys, k["BLOCK_N"]) * k["BLOCK_N"];
+  const auto cost = [&](const Kernel& k) {  // of all heads of a group; a block of few rows takes what one of 64 does
+    const int64_t programs = k["PACK"] ? 1 : group, rows = p.queries * (k["PACK"] ? group : 1);
+    const int64_t height = blocks(rows, k["BLOCK_M"]) * std::max<int64_t>(k["BLOCK_M"], 64);
+    const int64_t padded = programs * height * blocks(p.keys, k["BLOCK_N"]) * k["BLOCK_N"];
     return 4 * padded - 2 * k["ONE_BLOCK"] - k["ONE_ROW"];
   };
   const Kernel& k = chosen("attention", device,
@@ -166,7 +167,7 @@ void attention_on_cuda(const AttentionProblem& p, bool half, void* stream) {
   const int64_t row_blocks = blocks(rows, k["BLOCK_M"]);
   Values v;
   v.pointers = {{"q", p.q}, {"k", p.k}, {"v", p.v}, {"bias", p.bias}, {"out", p.out}};
-  v.numbers = {{"programs", programs}, {"queries", p.queries}, {"keys", p.keys}, {"blocks", row_blocks},
+  v.numbers = {{"programs", programs}, {"queries", p.queries}, {"keys", p.keys}, {"blocks", row_blocks}, {"GROUP", group},
                {"bias_batch", b[0]}, {"bias_head", b[1]}, {"bias_query", b[2]}, {"bias_key", b[3]}};
   const auto strides = [&](const char* name, int64_t heads, int64_t tokens) {
     v.numbers[std::string(name) + "_batch"] = heads * tokens * row;

@@ -24,6 +24,14 @@ void attention(bool half, bool biased) {
   attention_on_cuda(p, half, STREAM);
 }
 
+// Heads of 64, each key head shared by four query heads
+void grouped(int64_t queries) {
+  AttentionProblem p{};
+  p.batch = 2, p.heads = 8, p.kv_heads = 2, p.queries = queries, p.keys = 300, p.head_dim = 64;
+  p.scale = 0.5f, p.q = at(1), p.k = at(2), p.v = at(3), p.out = out(4);
+  attention_on_cuda(p, true, STREAM);
+}
+
 void norm() {
   NormProblem p{};
   p.rows = 6, p.tokens = 3, p.channels = 640, p.epsilon = 0.25f;
@@ -45,6 +53,8 @@ void rope(bool by_batch) {
 void run(const char* what) {
   if (!strcmp(what, "attention")) return attention(true, false);
   if (!strcmp(what, "bias")) return attention(true, true);
+  if (!strcmp(what, "grouped")) return grouped(300);
+  if (!strcmp(what, "one_token")) return grouped(1);
   if (!strcmp(what, "norm")) return norm();
   if (!strcmp(what, "group_norm")) return group_norm(64);
   if (!strcmp(what, "group_norm_in_chunks")) return group_norm(70000);
