@@ -79,6 +79,7 @@ def images_of(
             "height": drawing.height,
             "width": drawing.width,
             "output_type": "pt",
+            "use_resolution_binning": False,  # PixArt's: it would change the sizes
             **({} if drawing.guidance is None else {"guidance_scale": drawing.guidance}),
         }
         for i in range(0, len(drawing.prompts), drawing.batch):

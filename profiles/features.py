@@ -92,7 +92,23 @@ class TransformersFeatures(torch.nn.Module):
     def _clip(self) -> tuple[Any, Any]:
         from transformers import AutoProcessor
 
-        return self.model, AutoProcessor.from_pretrained(str(self.folder), local_files_only=True)
+        return ClipEmbeddings(self.model), AutoProcessor.from_pretrained(str(self.folder), local_files_only=True)
+
+
+class ClipEmbeddings(torch.nn.Module):
+    """CLIP as torchmetrics 1.9 calls it: the embeddings themselves, which transformers 5 gives inside an object."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model, self.config, self.device = model, model.config, model.device
+
+    def get_image_features(self, *inputs: torch.Tensor) -> Any:
+        out = self.model.get_image_features(*inputs)
+        return getattr(out, "pooler_output", out)
+
+    def get_text_features(self, *inputs: torch.Tensor) -> Any:
+        out = self.model.get_text_features(*inputs)
+        return getattr(out, "pooler_output", out)
 
 
 def spatial(states: torch.Tensor) -> torch.Tensor:

@@ -102,7 +102,7 @@ def mean(values: Sequence[float]) -> float:
 
 def worst(values: Iterable[float]) -> float:
     """The least; NaN where there is one."""
-    return min(values, key=lambda v: -math.inf if math.isnan(v) else v)
+    return min(values, key=lambda v: (not math.isnan(v), v))
 
 
 def by_timestep(figures: Sequence[Figures], times: Sequence[float | None]) -> dict[str, dict[str, float]]:

@@ -134,8 +134,9 @@ def evaluate(
     request = request_of(loaded, against, components, precisions, calibration, samples, images, seed, features, budgets)
     shown = progress or Progress(enabled=False)
     chosen = artifacts_of(loaded, request)
+    network = network_of(loaded, request)
     measured = [found for name in chosen for found in qualities_of(loaded, name, chosen[name], request, shown)]
-    drawn = images_of_bundle(loaded, chosen, request, shown)
+    drawn = images_of_bundle(loaded, chosen, network, request, shown)
     result = Evaluation(tuple(measured), tuple(drawn), tuple(missed_of(request.budgets, measured, drawn)))
     for name, found in result.by_file().items():
         record(loaded.bundle, name, found, request)
@@ -160,7 +161,8 @@ def request_of(
     from optimize.quantize.measures import MEASURES, budget_from_text
 
     here = {str(a.spec["precision"]) for a in loaded.bundle.artifacts(kind="onnx")}
-    choose("component", components, loaded)
+    for name in components:
+        loaded.bundle.component(name)
     choose("precision", precisions, sorted(here))
     if against != "fp32":
         choose("against", [against], sorted({*here, "fp32", "eager"}))
@@ -258,7 +260,7 @@ def qualities_of(
 
 def data_of(
     loaded: LoadedBundle, name: str, request: Request, progress: Progress
-) -> tuple[str, Sequence[Mapping[str, torch.Tensor]]]:
+) -> tuple[str, Iterable[Mapping[str, torch.Tensor]]]:
     """How the data came about, and the feeds, which can be gone through again and again."""
     from optimize.loading import component_of, recorded_component, source_of
     from optimize.quantize.data import feeds_from_file, feeds_of
@@ -301,8 +303,21 @@ def workspace(bundle: Bundle) -> Iterator[Path]:
 # --- images ----------------------------------------------------------------------------------------------------------
 
 
+def network_of(loaded: LoadedBundle, request: Request) -> torch.nn.Module | None:
+    """The feature network that the user names, or the demo's own where images of it will be drawn."""
+    from optimize.profiles.features import digit_features, network_from_text
+
+    if request.features is not None:
+        return network_from_text(request.features)
+    return digit_features() if loaded.bundle.manifest.source == "demo" and request.images else None
+
+
 def images_of_bundle(
-    loaded: LoadedBundle, chosen: Mapping[str, Sequence[Artifact]], request: Request, progress: Progress
+    loaded: LoadedBundle,
+    chosen: Mapping[str, Sequence[Artifact]],
+    network: torch.nn.Module | None,
+    request: Request,
+    progress: Progress,
 ) -> list[ImagesQuality]:
     """The pipeline's images through each variant's artifacts beside the reference's images. A network that has no
     artifact of the variant runs as the reference."""
@@ -317,7 +332,7 @@ def images_of_bundle(
     why = why_no_images(loaded, request)
     if why or not variants:
         return [ImagesQuality(variant, against, skipped=why or "") for variant in variants]
-    return list(images_of_variants(loaded, drawn, variants, request, progress))
+    return list(images_of_variants(loaded, drawn, variants, network, request, progress))
 
 
 def why_no_images(loaded: LoadedBundle, request: Request) -> str | None:
@@ -338,16 +353,15 @@ def images_of_variants(
     loaded: LoadedBundle,
     drawn: Sequence[str],
     variants: Mapping[str, Mapping[str, Artifact]],
+    network: torch.nn.Module | None,
     request: Request,
     progress: Progress,
 ) -> Iterator[ImagesQuality]:
     from optimize.profiles.drawing import drawing_of
-    from optimize.profiles.features import digit_features, network_from_text
     from optimize.profiles.images import image_figures
     from optimize.quantize.texts import DIGITS, PROMPTS
 
     demo = loaded.bundle.manifest.source == "demo"
-    network = network_from_text(request.features) if request.features else digit_features() if demo else None
     drawing = drawing_of(
         {name: loaded[name].record for name in drawn},
         request.images,
