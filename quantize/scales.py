@@ -35,7 +35,7 @@ def quantize(x: Array, scale: Array | float, fmt: Format) -> Array:
 
 def dequantize(q: Array, scale: Array | float) -> Array:
     """What the numbers `q` stand for, in fp32."""
-    return q.astype(np.float32) * np.asarray(scale, np.float32)
+    return np.asarray(q.astype(np.float32) * np.asarray(scale, np.float32))
 
 
 def scale_of(amax: Array | float, fmt: Format) -> Array:

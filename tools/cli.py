@@ -88,7 +88,22 @@ def export_words(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--json", action="store_true")
     engine_words(verb)
     memory_words(verb)
+    narrow_words(verb.add_argument_group("for fp16 and bf16"))
     calibration_words(verb.add_argument_group("for int8 and its like"))
+
+
+def narrow_words(verb: argparse._ActionsContainer) -> None:
+    verb.add_argument(
+        "--keep-fp32",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="modules or nodes that stay in fp32 (mid_block*, */Softmax; repeat for more)",
+    )
+    verb.add_argument(
+        "--probe-steps", type=int, metavar="N", help="forward passes on real data that find what overflows (default: 4)"
+    )
+    verb.add_argument("--no-probe", action="store_true", help="fp16 throughout, without a look at what overflows")
 
 
 def engine_words(verb: argparse.ArgumentParser) -> None:
@@ -251,8 +266,13 @@ def run_export(args: argparse.Namespace, progress: Progress) -> int:
         timing_cache=args.timing_cache,
         memory=args.memory,
         kernels=args.kernels,
+        keep_fp32=args.keep_fp32,
+        probe_steps=args.probe_steps,
+        no_probe=args.no_probe,
         quantization=calibration_of(args),
     )
+    if args.no_probe:
+        print("optimize: --no-probe: nothing looks for what overflows in fp16 on other inputs", file=sys.stderr)
     if args.dry_run or args.why:
         with others_on_stderr():
             plan = export(args.source, args.out, dry_run=True, **words)
@@ -263,6 +283,8 @@ def run_export(args: argparse.Namespace, progress: Progress) -> int:
     with others_on_stderr():
         bundle = export(args.source, args.out, progress=progress, **words)
     tables.show(tables.bundle_rows(bundle), args.json)
+    if not args.json:
+        tables.show_receipts(bundle, bundle.manifest.artifacts, False)
     return 0
 
 
@@ -304,7 +326,7 @@ def run_verify(args: argparse.Namespace, progress: Progress) -> int:
 
 
 def run_quantize(args: argparse.Namespace, progress: Progress) -> int:
-    from optimize.quantizing import artifact_id, quantize, request_from_words
+    from optimize.quantizing import artifact_id, plan, quantize, request_from_words
     from optimize.tools import tables
 
     words = dict(
@@ -316,11 +338,11 @@ def run_quantize(args: argparse.Namespace, progress: Progress) -> int:
         trust_remote_code=args.trust_remote_code,
         **calibration_of(args),
     )
-    with others_on_stderr():
-        result = quantize(args.dir, dry_run=args.dry_run, progress=progress, **words)
     if args.dry_run:
-        tables.show(tables.layer_rows(result), args.json)
+        tables.show(tables.layer_rows(plan(args.dir, **words)), args.json)
         return 0
+    with others_on_stderr():
+        result: Any = quantize(args.dir, progress=progress, **words)
     request = request_from_words(args.dir, **words)
     made = {artifact_id(request, name) for name in args.component or result.manifest.components}
     tables.show_receipts(result, made, args.json)

@@ -79,9 +79,9 @@ class LoadedComponent:
 
 def simulated(precision: str) -> dict[str, Any]:
     """What ONNX Runtime's CPU provider needs to run a precision that it has no kernels for."""
-    from optimize.quantizing import runs_simulated
+    from optimize.receipts import simulation
 
-    return {"entries": runs_simulated(precision)}
+    return {"entries": simulation(precision)}
 
 
 class LoadedBundle(Mapping[str, LoadedComponent]):
@@ -252,7 +252,7 @@ def verify_onnx(
     from optimize.profiles import parity
 
     if artifact.receipt is not None:
-        from optimize.quantizing import verified
+        from optimize.receipts import verified
 
         return Verification(artifact.id, "passed", verified(bundle, artifact, component))
     precision = str(artifact.spec["precision"])
@@ -268,7 +268,8 @@ def verify_onnx(
     with refusals(path):
         onnx.checker.check_model(str(path), full_check=True)
     with memory_errors(component.name):
-        result = parity_of_onnx(path, component, precision, plan_for(component, memory), progress.say)
+        islands = precision == "fp16" and bool(artifact.spec.get("fp32"))
+        result = parity_of_onnx(path, component, precision, plan_for(component, memory), progress.say, islands=islands)
     if not result.passed:
         shape, output = parity.worst_miss(result, precision)
         return Verification(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,13 +17,13 @@ from optimize.progress import Progress
 
 if TYPE_CHECKING:
     from optimize.compile.bundle import Bundle
-    from optimize.compile.records import Artifact, Latency, Layer, Parity, Quality, Receipt
+    from optimize.compile.records import Artifact, Layer, Quality
     from optimize.compile.spec import Component
     from optimize.exporting import Plan, Step
-    from optimize.quantize.data import CalibrationSet
     from optimize.quantize.measures import Budget
     from optimize.quantize.place import Placement
     from optimize.quantize.sensitivity import Effect
+    from optimize.quantize.sets import CalibrationSet
     from optimize.quantize.sites import Site
 
 BUDGETS: Mapping[str, str] = {"int4-weight": "cosine>=0.99"}
@@ -32,11 +31,8 @@ DEFAULT_BUDGET = "cosine>=0.999"
 """What a scheme has to keep of the base artifact's outputs where the user names nothing."""
 BASES: Mapping[str, tuple[str, ...]] = {"onnxruntime": ("fp32",), "tensorrt": ("fp16", "fp32")}
 """Runtime -> precisions of the artifact that is quantized, the first that the bundle has: what stays, stays in it."""
-FLOOR_DB = 10.0
-"""Random feeds lie outside of what was calibrated. A right graph is far above this there, a wrong one below 0."""
 FIGURES = ("cosine", "snr", "psnr")
 """What a budget can be of: what every output has."""
-ROUNDS, SECONDS = 15, 6.0
 HELD_OUT = 8
 SENSITIVITY_SAMPLES = 2
 
@@ -171,11 +167,11 @@ def quantize(
     """
     from optimize.compile.bundle import Bundle
 
+    if dry_run:
+        return plan(folder, **words)
     request = request_from_words(folder, **words)
     shown = progress or Progress(enabled=False)
     there = Bundle.read(request.folder)
-    if dry_run:
-        return {name: plan_of(there, name, request) for name in chosen_components(there, request)}
     with Bundle.create(request.folder, there.manifest.source, []) as bundle:
         quantize_all(bundle, request, shown)
         return bundle
@@ -185,6 +181,15 @@ def quantize_all(bundle: Bundle, request: Request, progress: Progress) -> None:
     for name in chosen_components(bundle, request):
         with progress.step(artifact_id(request, name)):
             quantize_component(bundle, name, request, progress)
+
+
+def plan(folder: Path | str, **words: Any) -> dict[str, list[Layer]]:
+    """What `quantize` would do by rule, before anything is measured: component -> its layers. Writes nothing."""
+    from optimize.compile.bundle import Bundle
+
+    request = request_from_words(folder, **words)
+    bundle = Bundle.read(request.folder)
+    return {name: plan_of(bundle, name, request) for name in chosen_components(bundle, request)}
 
 
 def requests_for_export(
@@ -308,10 +313,10 @@ def key_of(base: Artifact, request: Request) -> dict[str, str]:
 @cache
 def quantizer_digest() -> str:
     """Digest of the code that quantizes."""
-    import optimize.quantize
     from optimize.exporting import digest
+    from optimize.quantize import schemes
 
-    folder = Path(str(optimize.quantize.__file__)).parent
+    folder = Path(str(schemes.__file__)).parent
     return digest("".join(p.read_text() for p in [*sorted(folder.glob("*.py")), Path(__file__)]))
 
 
@@ -319,6 +324,7 @@ def quantize_component(bundle: Bundle, name: str, request: Request, progress: Pr
     """Calibrate, place, prove, count, adopt. What the bundle has already and nothing changed is kept."""
     from optimize.exporting import adopt, step_for
     from optimize.loading import component_of
+    from optimize.receipts import proof, receipt_of
 
     base = base_of(bundle, name, request)[0]
     bundle.check(base)
@@ -454,6 +460,7 @@ def within_budget(work: Work, placement: Placement) -> tuple[Placement, list[Qua
     Raises GateError where no set meets it: how near it came, and which layers are in the way."""
     from optimize.quantize import sensitivity
     from optimize.quantize.measures import budget_from_text
+    from optimize.receipts import quality_of
 
     budgets = [budget_from_text(text) for text in work.request.budget]
     tried: dict[tuple[str, ...], tuple[Placement, list[Quality]]] = {}
@@ -519,237 +526,6 @@ def blocked(work: Work, budgets: Sequence[Budget], quality: Sequence[Quality]) -
     )
 
 
-# --- figures ---------------------------------------------------------------------------------------------------------
-
-
-def session(work_path: Path, **entries: str) -> Any:
-    import onnx_ir as ir
-
-    from optimize.quantize.running import GraphSession, session_options
-
-    return GraphSession(ir.load(work_path), work_path.parent, options=session_options(None, 0, **entries))
-
-
-def runs_simulated(scheme: str) -> dict[str, str]:
-    """ONNX Runtime's CPU has no fp8 kernels: Q and DQ are run as they stand, and the rest in floating point."""
-    from optimize.quantize.running import NO_QDQ
-
-    return {NO_QDQ: "1"} if scheme == "fp8" else {}
-
-
-def quality_of(work: Work, path: Path) -> list[Quality]:
-    """Every output that is a float against the base artifact's, over the held-out samples."""
-    from optimize.compile.records import Quality
-    from optimize.quantize.measures import cosine, psnr, snr
-
-    assert work.held_out is not None
-    base, few = session(work.path), session(path, **runs_simulated(work.request.scheme))
-    figures: dict[str, list[tuple[float, float, float]]] = {}
-    for feeds in work.held_out:
-        exact, got = base.run(feeds), few.run(feeds)
-        for name, tensor in exact.items():
-            if tensor.is_floating_point() and tensor.numel():
-                pair = got[name], tensor
-                figures.setdefault(name, []).append((cosine(*pair), snr(*pair), psnr(*pair)))
-    return [
-        Quality(
-            output=name,
-            cosine=statistics.fmean(c for c, _, _ in rows),
-            lowest=min(c for c, _, _ in rows),
-            snr=statistics.fmean(s for _, s, _ in rows),
-            psnr=statistics.fmean(p for _, _, p in rows),
-            samples=len(rows),
-        )
-        for name, rows in figures.items()
-    ]
-
-
-def proof(path: Path, base_path: Path, base: Artifact, scheme: str, component: Component) -> Parity:
-    """The quantized graph at the three sets of sizes against the base artifact, on random feeds."""
-    from optimize.compile.feeds import feeds_for
-    from optimize.compile.records import OutputError, Parity, ShapeParity
-    from optimize.profiles.parity import distance
-
-    few, exact_session = session(path, **runs_simulated(scheme)), session(base_path)
-    limit = 10 ** (-FLOOR_DB / 20)
-    shapes = []
-    for name, sizes in component.shape_sets().items():
-        feeds = feeds_for(component.inputs, sizes, str(base.spec["precision"]))
-        exact, got = exact_session.run(feeds), few.run(feeds)
-        errors = []
-        for output, tensor in exact.items():
-            relative, worst = distance([got[output]], [tensor])
-            finite = bool(got[output].float().isfinite().all())
-            errors.append(OutputError(name=output, relative=relative, worst=worst, finite=finite))
-        shapes.append(
-            ShapeParity(name=name, sizes=sizes, outputs=errors, passed=all(e.relative <= limit for e in errors))
-        )
-    parity = Parity(
-        backend="onnxruntime CPU",
-        reference=base.id,
-        how="whole",
-        rule=f"SNR >= {FLOOR_DB:g} dB on random feeds at each set of sizes; the receipt has the figures on real ones",
-        shapes=shapes,
-        passed=all(s.passed for s in shapes),
-    )
-    if not parity.passed:
-        shape = next(s for s in shapes if not s.passed)
-        error = max(shape.outputs, key=lambda e: e.relative)
-        raise GateError(
-            f"{base.component} in {scheme} is far off at the {shape.name} sizes",
-            got=f"{error.name} is off by {error.relative:.2g} at {dict(shape.sizes)}",
-            expected=parity.rule,
-            mend="calibrate with samples of such sizes (--calibration), or leave layers high (--keep-high)",
-        )
-    return parity
-
-
-def verified(bundle: Bundle, artifact: Artifact, component: Component) -> str:
-    """Proves a quantized artifact again: near its base at every set of sizes, and its layers' counts as the receipt has
-    them. Raises GateError where it is not so; gives the figures."""
-    from optimize.quantize import receipt as counting
-    from optimize.quantize.place import Placement
-    from optimize.quantize.schemes import SCHEMES
-
-    receipt = artifact.receipt
-    assert receipt is not None
-    base, path = bundle.manifest.artifacts[receipt.base], bundle.path(artifact)
-    parity = proof(path, bundle.path(base), base, receipt.scheme, component)
-    chosen = {x.name for x in receipt.layers if x.precision == receipt.scheme}
-    sites = tuple(s for s in sites_in(bundle.path(base)) if s.name in chosen)
-    placement = Placement(SCHEMES[receipt.scheme], receipt.runtime, receipt.method, sites)
-    written, fused = counting.exported(path, placement), None
-    if receipt.kernels is not None:
-        with bundle.workspace(f"verify {artifact.id}") as folder:
-            fused = len(counting.kernels(path, placement, folder))
-    if (len(chosen), len(written), fused) != (receipt.chosen, receipt.exported, receipt.kernels):
-        raise GateError(
-            f"{artifact.id}: its layers are not those of its receipt",
-            got=f"{len(chosen)} chosen, {len(written)} with Q and DQ, {fused} integer kernels",
-            expected=f"{receipt.chosen}, {receipt.exported}, {receipt.kernels}",
-            mend="quantize again",
-        )
-    return f"within {parity.worst:.1e} of {base.id}; {receipt.chosen} layers as the receipt says"
-
-
-def sites_in(path: Path) -> list[Site]:
-    import onnx_ir as ir
-
-    from optimize.quantize.sites import sites_of
-
-    return [replace(s, stays="") for s in sites_of(ir.load(path))]
-
-
-def latency_of(work: Work, path: Path) -> Latency | None:
-    """Base and quantized artifact in turn, in one process, on the first held-out sample."""
-    from optimize.compile.records import Latency
-    from optimize.quantize.running import session_options
-
-    if work.request.runtime != "onnxruntime":
-        return None
-    assert work.held_out is not None
-    feeds = next(iter(work.held_out))
-    sides = [session(work.path), session(path)]
-    times: list[list[float]] = [[], []]
-    for side in sides:
-        side.run(feeds)
-    end = time.perf_counter() + SECONDS
-    while len(times[0]) < 3 or (len(times[0]) < ROUNDS and time.perf_counter() < end):
-        for i, side in enumerate(sides):
-            start = time.perf_counter()
-            side.run(feeds)
-            times[i].append(1e3 * (time.perf_counter() - start))
-    medians = [statistics.median(t) for t in times]
-    spreads = [
-        (sorted(t)[int(0.9 * len(t))] - sorted(t)[int(0.1 * len(t))]) / m for t, m in zip(times, medians, strict=True)
-    ]
-    sizes = {f"{k}.{i}": int(d) for k, t in feeds.items() for i, d in enumerate(t.shape)}
-    threads = int(session_options().intra_op_num_threads)
-    return Latency(
-        base=medians[0], quantized=medians[1], rounds=len(times[0]), threads=threads, spread=max(spreads), sizes=sizes
-    )
-
-
-def receipt_of(work: Work, placement: Placement, quality: list[Quality]) -> Receipt:
-    """Counts each site through all stages. Raises GateError where the counts do not agree."""
-    from optimize.compile.records import Layer, Receipt
-    from optimize.quantize import receipt as counting
-
-    request, path = work.request, work.folder / f"{work.stem}.onnx"
-    chosen = [s.name for s in placement.chosen()]
-    written = counting.exported(path, placement)
-    static = placement.scheme.activations == "static"
-    seen = placement.calibration.seen if placement.calibration else {}
-    ranged = {s.name for s in placement.chosen() if all(name in seen for name in s.reads)}
-    fused: set[str] | None = None
-    if request.runtime == "onnxruntime":
-        fused = counting.kernels(path, placement, work.folder)
-    lost = [f"{n}: not calibrated" for n in chosen if static and n not in ranged]
-    lost += [f"{n}: no Q/DQ in the file" for n in chosen if n not in written]
-    lost += [f"{n}: ONNX Runtime computes it in floating point" for n in chosen if fused is not None and n not in fused]
-    effects = {e.site: e for e in work.effects}
-    layers = [
-        Layer(
-            name=s.name,
-            module=s.module,
-            kind=s.kind,
-            precision=str(work.base.spec["precision"]) if s.stays else request.scheme,
-            why=s.stays,
-            error=effects[s.name].error if s.name in effects else None,
-            gain=effects[s.name].gain if s.name in effects else None,
-        )
-        for s in placement.sites
-    ]
-    assert work.samples is not None
-    weights = [f for f in work.folder.iterdir() if f.suffix == ".safetensors"]
-    before = sum(work.bundle.manifest.artifacts[p].bytes for p in work.base.parents) + work.base.bytes
-    receipt = Receipt(
-        scheme=request.scheme,
-        runtime=request.runtime,
-        base=work.base.id,
-        method=request.method if static else "",
-        data=work.samples.how,
-        samples=len(work.samples) if static else 0,
-        budget=" and ".join(request.budget),
-        found=len(placement.sites),
-        chosen=len(chosen),
-        calibrated=len(ranged) if static else None,
-        exported=len(written),
-        kernels=len(fused) if fused is not None else None,
-        lost=lost,
-        smoothed=len(placement.smoothing or {}),
-        checks=work.trials,
-        bytes_base=before,
-        bytes_quantized=sum(f.stat().st_size for f in weights) + path.stat().st_size,
-        latency=latency_of(work, path),
-        quality=quality,
-        layers=layers,
-    )
-    if lost or not chosen:
-        raise GateError(
-            f"{work.base.component}: the receipt's counts do not agree",
-            got=f"{receipt.chosen} chosen, {receipt.calibrated} calibrated, {receipt.exported} exported, "
-            f"{receipt.kernels} as kernels; lost: {'; '.join(lost[:4])}" + (" ..." if len(lost) > 4 else ""),
-            expected="the same count at every stage",
-            mend="report it: a layer that was to be quantized would silently run in floating point",
-        )
-    return receipt.model_copy(update={"headline": headline(receipt)})
-
-
-def headline(receipt: Receipt) -> str:
-    """The first line: what was gained, or that nothing was."""
-    size = f"{receipt.bytes_quantized / receipt.bytes_base:.2f}x the size"
-    worst = min(receipt.quality, key=lambda q: q.cosine)
-    figures = f"cosine {worst.cosine:.5f}, SNR {worst.snr:.1f} dB ({worst.output})"
-    if receipt.latency is None:
-        return f"not timed here: needs a GPU; {size}; {figures}"
-    base = receipt.base.split("/")[1]
-    speed = f"{receipt.latency.ratio:.2f}x {base}'s latency"
-    if receipt.latency.ratio > 1:
-        return f"SLOWER than {base}: {speed}; {size}; {figures}"
-    return f"{speed}; {size}; {figures}"
-
-
 def spec_of(work: Work, placement: Placement) -> dict[str, Any]:
     import onnx
 
@@ -762,19 +538,3 @@ def spec_of(work: Work, placement: Placement) -> dict[str, Any]:
         "nodes": len(onnx.load(path, load_external_data=False).graph.node),
         "quantized": len(placement.chosen()),
     }
-
-
-def rows(bundle: Bundle, names: Iterable[str]) -> list[dict[str, Any]]:
-    """One row per quantized artifact, for tables."""
-    return [
-        {
-            "artifact": a.id,
-            "layers": f"{r.chosen} of {r.found}",
-            "exported": r.exported,
-            "kernels": "" if r.kernels is None else r.kernels,
-            "MB": round(r.bytes_quantized / 1e6, 2),
-            "headline": r.headline,
-        }
-        for a in bundle.artifacts(kind="onnx")
-        if (r := a.receipt) is not None and a.id in set(names)
-    ]
