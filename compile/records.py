@@ -134,7 +134,7 @@ class Receipt(Record):
     headline: str = ""
 
 
-Kind = Literal["onnx", "weights", "view", "engine", "aoti"]
+Kind = Literal["onnx", "weights", "view", "probe", "engine", "aoti"]
 
 
 class Artifact(Record):

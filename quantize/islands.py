@@ -83,6 +83,21 @@ def check_patterns(patterns: Sequence[str], modules: Iterable[str]) -> None:
         )
 
 
+def check_nodes(patterns: Sequence[str], model: ir.Model) -> None:
+    """Raises InputError for a node's name that this graph does not have, though it has its module."""
+    names = [str(node.name) for node in model.graph]
+    modules = {module_of(node) for node in model.graph}
+    for pattern in patterns:
+        path = pattern.rpartition("/")[0]
+        if path in modules and not any(matches(pattern, name, "") for name in names):
+            raise InputError(
+                f"{path} has no node {pattern}",
+                got=f"--keep-fp32 {pattern}",
+                expected=", ".join(name for name in names if name.startswith(f"{path}/")),
+                mend="name one of these, or the module",
+            )
+
+
 # --- which nodes -----------------------------------------------------------------------------------------------------
 
 

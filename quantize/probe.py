@@ -28,7 +28,6 @@ INFINITE = 65520.0
 """From here on fp16 rounds to infinity."""
 LIMIT = LARGEST / 2
 """What a value may reach in the probe, which sees a few inputs: others can go higher."""
-STEPS = 4
 MARK, SCORES = "//", "/scores"
 FLOAT, INT64, BOOL = ir.DataType.FLOAT, ir.DataType.INT64, ir.DataType.BOOL
 
@@ -55,11 +54,12 @@ class Range:
 
 @dataclass(frozen=True)
 class Probe:
-    """What the probe saw. `ranges` is in the graph's order, by value; an Attention node's own scores stand under its
-    output's name with `/scores`."""
+    """What the probe saw, on how many feeds, and `how` those came about. `ranges` is by value in the graph's order, the
+    weights that fp16 cannot hold first; an Attention node's own scores stand under its output's name with `/scores`."""
 
     ranges: Mapping[str, Range]
     feeds: int
+    how: str = ""
 
     @property
     def first_overflow(self) -> str | None:
@@ -71,6 +71,7 @@ class Probe:
         top = max(self.ranges.items(), key=lambda item: item[1].largest, default=("", Range(0.0, 0.0)))
         return {
             "feeds": self.feeds,
+            "how": self.how,
             "values": len(self.ranges),
             "limit": LIMIT,
             "largest": {"value": top[0], "magnitude": top[1].largest},
@@ -87,12 +88,16 @@ class Probe:
         return {**self.summary(), "ranges": rows}
 
 
-def probe_feeds(component: Component, steps: int) -> list[Tensors]:
-    """Parity's own feeds at its three sets of sizes, and `steps` more with timesteps from first to last."""
-    sets = component.shape_sets()
-    found = [feeds_for(component.inputs, sizes, "fp16") for sizes in sets.values()]
+def parity_feeds(component: Component) -> list[Tensors]:
+    """Parity's own feeds, one at each of its sets of sizes."""
+    return [feeds_for(component.inputs, sizes, "fp16") for sizes in component.shape_sets().values()]
+
+
+def drawn_feeds(component: Component, steps: int) -> list[Tensors]:
+    """Random feeds at the traced sizes, with timesteps from first to last."""
+    found = []
     for step in range(steps):
-        feeds = feeds_for(component.inputs, sets["traced"], "fp16", seed=step + 1)
+        feeds = feeds_for(component.inputs, component.shape_sets()["traced"], "fp16", seed=step + 1)
         for spec in component.inputs:
             if spec.fill in TIMES:
                 feeds[spec.name] = torch.full_like(feeds[spec.name], TIMES[spec.fill](step, steps))
@@ -123,7 +128,15 @@ def tensor_range(tensor: torch.Tensor) -> Range:
     return Range(float(numbers.abs().max()), float(torch.linalg.vector_norm(numbers)) / math.sqrt(size))
 
 
-def probe_graph(path: Path, feeds: Sequence[Tensors], segment_bytes: int, say: Callable[[str], None]) -> Probe:
+def probe_graph(
+    path: Path,
+    feeds: Sequence[Tensors],
+    segment_bytes: int,
+    say: Callable[[str], None],
+    *,
+    how: str = "",
+    weights: Mapping[str, Range] = {},
+) -> Probe:
     """Runs the fp16 graph at `path` for all feeds, in pieces of `segment_bytes` of weights.
 
     A second run measures what the first found to be near the limit: the share, and what is not finite.
@@ -145,7 +158,7 @@ def probe_graph(path: Path, feeds: Sequence[Tensors], segment_bytes: int, say: C
         exact = measured(lambda piece: with_shares(piece, close))
     ranges = {n: replace(exact[n], rms=r.rms) if n in exact else r for n, r in ranges.items()}
     bounds = {n for n in ranges if n.endswith(SCORES) and n not in exact}  # of scores only a bound is known, a low one
-    return Probe({n: r for n, r in ranges.items() if n not in bounds}, len(feeds))
+    return Probe({**weights, **{n: r for n, r in ranges.items() if n not in bounds}}, len(feeds), how)
 
 
 def by_value(found: Tensors) -> dict[str, Range]:

@@ -10,17 +10,19 @@ import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from optimize.errors import GateError, InputError, MissingError
 from optimize.kernels.functions import LEAST_OPSET
+from optimize.narrowing import Words, narrowed, words_from
 from optimize.progress import Progress
 
 if TYPE_CHECKING:
     from optimize.compile.bundle import Bundle
     from optimize.compile.records import Artifact
+    from optimize.compile.sources import Source
     from optimize.compile.spec import Component
 
 STEPS = (
@@ -28,12 +30,15 @@ STEPS = (
     "translate to ONNX",
     "clean up",
     "stream weights",
+    "probe fp16's range on real data, keep in fp32 what would overflow",
     "check with onnx.checker",
     "prove parity against eager fp32",
     "build engines",
     "record in the manifest",
 )
 FORMATS = ("onnx", "tensorrt")
+BESIDE = ("view", "probe")
+"""Kinds of files that come with a graph."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,7 @@ class Request:
     timing_cache: Path | None = None
     memory: int | None = None
     kernels: bool = False
+    narrowing: Words = field(default_factory=Words)
     bases: tuple[str, ...] = ()
     """Precisions that are made only to be quantized: no engines are built of them."""
 
@@ -95,6 +101,9 @@ def request_from_words(
     timing_cache: Path | None = None,
     memory: int | None = None,
     kernels: bool = False,
+    keep_fp32: Sequence[str] = (),
+    probe_steps: int | None = None,
+    no_probe: bool = False,
 ) -> Request:
     """Checks words that need no model. Raises InputError for unknown precisions, formats, targets and opsets, and
     MissingError for targets that nothing here builds for."""
@@ -139,6 +148,7 @@ def request_from_words(
         timing_cache,
         memory,
         kernels,
+        words_from(precisions, keep_fp32, probe_steps, no_probe),
     )
 
 
@@ -162,11 +172,9 @@ def choose(what: str, words: Iterable[str], known: Iterable[str]) -> None:
 
 def components_for(request: Request) -> tuple[Component, ...]:
     """The source's components, chosen and with the axes asked for."""
-    from optimize.compile.sources import Trust, source_from_text
     from optimize.compile.spec import axis_from_text
 
-    trust = Trust("pickle" in request.trust, "remote code" in request.trust)
-    source = source_from_text(request.source, trust, request.components)
+    source = source_of(request)
     known = {c.name: c for c in source.components}
     choose("component", request.components, known)
     chosen = [known[name] for name in request.components] or list(source.components)
@@ -186,7 +194,18 @@ def components_for(request: Request) -> tuple[Component, ...]:
         for c in takers:
             axis = axis_from_text(text, c.axes)
             chosen[chosen.index(c)] = c.with_axes({axis.name: axis})
+    if request.narrowing.keep:
+        from optimize.quantize.islands import check_patterns
+
+        check_patterns(request.narrowing.keep, [name for c in chosen for name, _ in c.build().named_modules()])
     return tuple(replace(c, kernels=request.kernels) for c in chosen)
+
+
+def source_of(request: Request) -> Source:
+    from optimize.compile.sources import Trust, source_from_text
+
+    trust = Trust("pickle" in request.trust, "remote code" in request.trust)
+    return source_from_text(request.source, trust, request.components)
 
 
 def plan_from_request(request: Request, components: tuple[Component, ...], bundle: Bundle | None) -> Plan:
@@ -233,7 +252,7 @@ def step_for(
     changed = sorted(k for k in {*key, *old.key} if key.get(k) != old.key.get(k))
     if changed:
         return Step(id_, component, precision, key, "changed: " + ", ".join(changed), False, target)
-    family = (*old.parents, id_, *(a.id for a in bundle.artifacts(kind="view") if id_ in a.parents))
+    family = (*old.parents, id_, *(a.id for a in bundle.artifacts() if a.kind in BESIDE and id_ in a.parents))
     broken = [i for i in family if i not in bundle.manifest.artifacts or not bundle.whole(bundle.manifest.artifacts[i])]
     if broken:
         return Step(id_, component, precision, key, "file missing or changed: " + ", ".join(broken), False, target)
@@ -264,6 +283,7 @@ def key_of(component: Component, precision: str, request: Request) -> dict[str, 
         "axes": json.dumps({n: asdict(a) for n, a in component.axes.items()}, sort_keys=True),
         "exporter": exporter_digest(),
         **({"kernels": kernels_digest()} if component.kernels else {}),
+        **request.narrowing.key(precision),
         **{f"version of {k}": v for k, v in versions().items()},
     }
 
@@ -318,15 +338,14 @@ def run_plan(plan: Plan, bundle: Bundle, progress: Progress) -> Bundle:
 
 
 def make_onnx(step: Step, request: Request, bundle: Bundle, progress: Progress) -> None:
-    """Trace, translate, write, check, prove, adopt."""
+    """Trace, translate, write, probe, check, prove, adopt."""
     import onnx
-    import onnx_ir as ir
 
-    from optimize.compile import external, onnx_model
+    from optimize.compile import onnx_model
     from optimize.compile.bundle import FAILED
     from optimize.gate import miss, parity_of_onnx, plan_for
 
-    component, precision = step.component, step.precision
+    component, precision, words = step.component, step.precision, request.narrowing
     stem = step.artifact.replace("/", ".")
     need_disk(bundle.root, component, precision)
     with bundle.workspace(step.artifact) as folder, progress.step(step.artifact):
@@ -334,30 +353,31 @@ def make_onnx(step: Step, request: Request, bundle: Bundle, progress: Progress) 
         model, traced, rules = onnx_model.graph_from_component(component, precision, request.opset, clock)
         model.metadata_props.update(metadata_of(step, request))
         onnx_model.drop_unused_initializers(model)
-        graph_path, view_path = folder / f"{stem}.onnx", folder / f"{stem}.view.onnx"
-        shared = shared_weights(model, step, bundle)
-        weights_path = folder / (shared.path.rpartition("/")[2] if shared else f"{stem}.safetensors")
-        with clock("write"):
-            if shared:
-                shutil.copyfile(bundle.path(shared), weights_path)  # onnx.checker takes no links
-            else:
-                external.write_weights(
-                    model, weights_path, {"optimize": json.dumps(step.key["weights"])}, progress.part
-                )
-            external.inline_small(model)
-            external.point_at(model, weights_path.name, external.header_bytes(weights_path))
-            ir.save(model, graph_path)
-            ir.save(external.stripped(model), view_path)
+        graph_path, how = folder / f"{stem}.onnx", plan_for(component, request.memory)
+        write = partial(write_graph, path=graph_path, step=step, bundle=bundle, progress=progress)
+        with memory_errors(component.name):
+            narrowing, shared = narrowed(
+                model,
+                graph_path,
+                component,
+                precision,
+                words,
+                how,
+                clock,
+                write=write,
+                source=partial(source_of, request),
+            )
         nodes, fusions = len(model.graph), traced.fusions
         del model, traced
         gc.collect()  # torch's graphs are full of cycles: hundreds of MB that the gate can use
         with clock("check"):
             onnx.checker.check_model(str(graph_path), full_check=True)
+        islands = precision == "fp16" and bool(narrowing.kept)
         with clock("parity"), memory_errors(component.name):
-            how = plan_for(component, request.memory)
-            parity = parity_of_onnx(graph_path, component, precision, how, progress.say)
+            parity = parity_of_onnx(graph_path, component, precision, how, progress.say, islands=islands)
         if not parity.passed:
-            raise miss(graph_path, component, precision, parity, bundle.root / FAILED / stem, progress.say)
+            kept = bundle.root / FAILED / stem
+            raise miss(graph_path, component, precision, parity, kept, progress.say, islands=islands)
         spec = {
             "precision": precision,
             "opset": request.opset,
@@ -366,8 +386,30 @@ def make_onnx(step: Step, request: Request, bundle: Bundle, progress: Progress) 
             "rules": {k: r.rewritten for k, r in rules.items() if r.rewritten},
             "declined": {k: r.declined for k, r in rules.items() if r.declined},
             **({"fusions": fusions} if fusions else {}),
+            **narrowing.spec(),
         }
-        adopt(step, bundle, folder, spec, clock.seconds, parity, shared)
+        adopt(step, bundle, folder, spec, clock.seconds, parity, shared, notes=words.notes(precision))
+
+
+def write_graph(model: Any, path: Path, step: Step, bundle: Bundle, progress: Progress) -> Artifact | None:
+    """Writes the graph, its weights and its form for viewers; gives the weights' artifact where the bundle has them.
+
+    The model's weights are references into their file afterwards."""
+    import onnx_ir as ir
+
+    from optimize.compile import external
+
+    shared = shared_weights(model, step, bundle)
+    weights_path = path.with_name(shared.path.rpartition("/")[2] if shared else f"{path.stem}.safetensors")
+    if shared:
+        shutil.copyfile(bundle.path(shared), weights_path)  # onnx.checker takes no links
+    else:
+        external.write_weights(model, weights_path, {"optimize": json.dumps(step.key["weights"])}, progress.part)
+    external.inline_small(model)
+    external.point_at(model, weights_path.name, external.header_bytes(weights_path))
+    ir.save(model, path)
+    ir.save(external.stripped(model), path.with_name(f"{path.stem}.view.onnx"))
+    return shared
 
 
 def metadata_of(step: Step, request: Request) -> dict[str, str]:
@@ -412,6 +454,7 @@ def adopt(
     *,
     receipt: Any = None,
     base: Artifact | None = None,
+    notes: Sequence[str] = (),
 ) -> None:
     """Moves the files into the bundle and claims them, weights first. `base` is what a quantized graph was made of."""
     from optimize.compile.digests import digest_of_file
@@ -422,6 +465,7 @@ def adopt(
     kinds: dict[str, tuple[Kind, str, list[str]]] = {
         ".safetensors": ("weights", weights_id, []),
         ".view.onnx": ("view", f"{step.artifact}/view", [step.artifact]),
+        ".probe.json": ("probe", f"{step.artifact}/probe", [step.artifact]),
         ".onnx": ("onnx", step.artifact, [weights_id, *([base.id] if base else [])]),
     }
     made: list[Artifact] = []
@@ -441,10 +485,11 @@ def adopt(
                 sha256=digest_of_file(path),
                 parents=parents,
                 spec=dict(spec) if kind == "onnx" else {"precision": step.precision},
-                key=dict(step.key) if kind != "view" else {},
+                key=dict(step.key) if kind not in BESIDE else {},
                 versions=versions() if kind == "onnx" else {},
                 seconds=dict(seconds) if kind == "onnx" else {},
                 parity=parity if kind == "onnx" else None,
+                notes=list(notes) if kind == "onnx" else [],
                 receipt=receipt if kind == "onnx" else None,
             )
         )

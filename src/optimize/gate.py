@@ -195,9 +195,9 @@ def miss(
 
 def overflow(path: Path, component: Component, say: Callable[[str], None]) -> GateError:
     """The error where eager fp16 itself gives infinities: the first tensor that does not fit."""
-    from optimize.quantize.probe import LARGEST, probe_feeds, probe_graph
+    from optimize.quantize.probe import LARGEST, parity_feeds, probe_graph
 
-    seen = probe_graph(path, probe_feeds(component, 0), SEGMENT_BYTES, say)
+    seen = probe_graph(path, parity_feeds(component), SEGMENT_BYTES, say)
     name = seen.first_overflow
     return GateError(
         f"{component.name} overflows in fp16: eager itself gives values that are not finite",
