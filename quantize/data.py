@@ -61,11 +61,12 @@ def record_into(
     """Runs the source's pipeline, and each component's writer gets what flows in. Gives what was left out, and why."""
     assert source.folder is not None
     say("loading the pipeline")
-    pipe = pipelines.load_pipeline(source.folder, pickles=any(c.weights.kind == "memory" for c in components))
-    sites = [site_of_component(c, pipe) for c in components]
-    plan = pipelines.Plan.for_source(source, seed, prompts)
-    samples = max(w.total or 0 for w in writers.values())
-    left_out = pipelines.record_runs(pipe, sites, writers, plan, samples, seed, say)
+    with pipelines.quiet_libraries():
+        pipe = pipelines.load_pipeline(source.folder, pickles=any(c.weights.kind == "memory" for c in components))
+        sites = [site_of_component(c, pipe) for c in components]
+        plan = pipelines.Plan.for_source(source, seed, prompts)
+        samples = max(w.total or 0 for w in writers.values())
+        left_out = pipelines.record_runs(pipe, sites, writers, plan, samples, seed, say)
     for writer in writers.values():
         writer.how = f"recorded from {type(pipe).__name__}, {pipelines.story(writer.notes)}"
     return left_out

@@ -17,7 +17,7 @@ from optimize.compile.sources import Source, demo_folder
 from optimize.compile.spec import Axis
 from optimize.errors import InputError
 
-from .recording import DENOISERS, Recorder, Site, sites_of_pipeline
+from .recording import DENOISERS, Recorder, Site, modules_of, sites_of_pipeline
 from .sets import SetWriter
 from .texts import DIGITS, PROMPTS
 
@@ -32,6 +32,8 @@ GOLDEN = (5**0.5 - 1) / 2
 SMALL = 50_000_000
 """Parameters up to which a denoiser runs at the size that it was made for; larger ones at `SIDE` pixels."""
 SIDE = 256
+TOKEN = 16
+"""Pixels along a side of an image token of FLUX."""
 
 
 class EnoughError(Exception):
@@ -68,10 +70,9 @@ def load_pipeline(folder: Path, *, pickles: bool = False) -> Any:
     if "safety_checker" in read_json(folder / INDEX):
         words = {"safety_checker": None, "requires_safety_checker": False}
     try:
-        with no_bars():
-            pipe = DiffusionPipeline.from_pretrained(
-                str(folder), local_files_only=True, use_safetensors=None if pickles else True, **words
-            )
+        pipe = DiffusionPipeline.from_pretrained(
+            str(folder), local_files_only=True, use_safetensors=None if pickles else True, **words
+        )
     except Exception as e:  # diffusers raises whatever its parts do: each means that this pipeline cannot run here
         raise InputError(
             f"the pipeline in {folder} cannot be loaded, so there are no real data of it",
@@ -80,23 +81,28 @@ def load_pipeline(folder: Path, *, pickles: bool = False) -> Any:
             mend="complete the folder, or give --calibration FILE",
         ) from e
     pipe.set_progress_bar_config(disable=True)
-    return pipe.to(torch.float32)
+    for module in modules_of(pipe).values():
+        module.float()  # transformers loads what the file has
+    return pipe
 
 
 @contextmanager
-def no_bars() -> Iterator[None]:
-    """The libraries' progress bars off: what there is to say of our work, we say."""
+def quiet_libraries() -> Iterator[None]:
+    """diffusers and transformers without progress bars and warnings: prompts are cut, types changed, all on purpose."""
     import diffusers.utils.logging as one
     import transformers.utils.logging as other
 
-    shown = [library for library in (one, other) if library.is_progress_bar_enabled()]
-    for library in shown:
+    before = [(library, library.get_verbosity(), library.is_progress_bar_enabled()) for library in (one, other)]
+    for library, _, _ in before:
+        library.set_verbosity_error()
         library.disable_progress_bar()
     try:
         yield
     finally:
-        for library in shown:
-            library.enable_progress_bar()
+        for library, verbosity, bars in before:
+            library.set_verbosity(verbosity)
+            if bars:
+                library.enable_progress_bar()
 
 
 def record_runs(
@@ -222,9 +228,11 @@ def image_size(pipe: Any, sites: Sequence[Site]) -> tuple[int, int]:
     drawn = [mine.get(s.name, s) for s in sites_of_pipeline(pipe) if s.role in DENOISERS]
     big = any(is_big(s.module) for s in drawn)
     flat = next((s.axes["image_tokens"] for s in drawn if "image_tokens" in s.axes), None)
-    if flat is not None:
-        return image_of_tokens(flat, big)
-    height, width = (side([s.axes[n] for s in (*drawn, *sites) if n in s.axes], big) for n in ("height", "width"))
+    if flat is not None and not any("height" in s.axes for s in sites):
+        return image_of_tokens(flat)
+    step = TOKEN if flat is not None else 1
+    known = [s.axes for s in (*drawn, *sites)]
+    height, width = (side([a[name] for a in known if name in a], step, big) for name in ("height", "width"))
     return height, width
 
 
@@ -232,17 +240,17 @@ def is_big(denoiser: torch.nn.Module | None) -> bool:
     return denoiser is not None and sum(p.numel() for p in denoiser.parameters()) > SMALL
 
 
-def side(axes: Sequence[Axis], big: bool) -> int:
+def side(axes: Sequence[Axis], step: int, big: bool) -> int:
     """What the first axis was made for, or `SIDE`; within all ranges and a multiple of all steps, where that can be."""
     if not axes:
         return SIDE
-    low, high, step = max(a.min for a in axes), min(a.max for a in axes), math.lcm(*(a.step for a in axes))
+    low, high, step = max(a.min for a in axes), min(a.max for a in axes), math.lcm(step, *(a.step for a in axes))
     wish = min(axes[0].opt, SIDE) if big else axes[0].opt
     return max(-(-low // step), min(wish, high) // step) * step
 
 
-def image_of_tokens(axis: Axis, big: bool) -> tuple[int, int]:
-    """FLUX: a token is 16 x 16 pixels; the most nearly square image of that many."""
-    count = max(axis.min, min(axis.opt, (SIDE // 16) ** 2) if big else axis.opt)
+def image_of_tokens(axis: Axis) -> tuple[int, int]:
+    """The most nearly square image of as many tokens as `SIDE` pixels have, or the axis allows."""
+    count = max(axis.min, min(axis.opt, (SIDE // TOKEN) ** 2))
     rows = next(r for r in range(math.isqrt(count), 0, -1) if count % r == 0)
-    return 16 * rows, 16 * (count // rows)
+    return TOKEN * rows, TOKEN * (count // rows)
