@@ -1,5 +1,5 @@
-"""`optimize evaluate`: an artifact that is the reference is perfect, one with disturbed weights is caught by each figure
-and by budgets, and what was measured is recorded."""
+"""`optimize evaluate`: what is equal is perfect, disturbed weights are caught by every figure and by budgets, and
+what was measured is recorded."""
 
 from __future__ import annotations
 

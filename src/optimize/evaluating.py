@@ -268,7 +268,7 @@ def data_of(
     try:
         component = component_of(loaded.bundle, name, loaded.trust_remote_code)
         source = source_of(loaded.bundle, (name,), loaded.trust_remote_code)
-    except InputError as e:  # the artifacts can be measured without what they were made of
+    except (InputError, MissingError) as e:  # the artifacts can be measured without what they were made of
         component, source = recorded_component(loaded.bundle, name), None
         why = e.what
     if request.calibration is not None:
@@ -341,7 +341,7 @@ def why_no_images(loaded: LoadedBundle, request: Request) -> str | None:
 
     try:
         folder = source_of(loaded.bundle, tuple(loaded), loaded.trust_remote_code).folder
-    except InputError as e:
+    except (InputError, MissingError) as e:
         return e.what
     why = why_not_drawn(folder, {name: loaded[name].record for name in loaded})
     if why is None and not request.images:
