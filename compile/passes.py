@@ -14,6 +14,9 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common
 
+from optimize.kernels import functions
+from optimize.kernels.functions import DOMAIN
+
 from .external import WeightTensor
 
 DONE = ""
@@ -34,6 +37,7 @@ class Rule:
     operator: str
     apply: Callable[[ir.Graph, ir.Node], str]
     since: int = 18  # the first opset that has what the rule writes
+    domain: str = ""
 
 
 # --- helpers ---------------------------------------------------------------------------------------------------------
@@ -96,6 +100,7 @@ def before(
     scope: str,
     like: ir.Value | None = None,
     shape: Iterable[Any] | None = None,
+    domain: str = "",
     **attributes: Any,
 ) -> ir.Node:
     node = ir.node(
@@ -103,6 +108,7 @@ def before(
         list(inputs),
         {k: v for k, v in attributes.items() if v is not None},
         name=f"{scope}/{kind}" if scope else kind,
+        domain=domain,
         metadata_props=dict(place.metadata_props),
     )
     value = node.outputs[0]
@@ -365,6 +371,14 @@ def half_table(graph: ir.Graph, place: ir.Node, table: ir.Value | None) -> ir.Va
     return cut.outputs[0]
 
 
+PACKED: dict[tuple[str, str], tuple[str, str, str]] = {
+    ("", "Attention"): ("Attention", "q_num_heads", "kv_num_heads"),
+    (DOMAIN, "Attention"): ("PackedAttention", "heads", "kv_heads"),
+    (DOMAIN, "AttentionBias"): ("PackedAttentionBias", "heads", "kv_heads"),
+}
+"""The operator that takes packed heads, and its attributes that say how many there are."""
+
+
 def pack_attention(graph: ir.Graph, node: ir.Node) -> str:
     """Attention takes `[batch, tokens, heads * head_dim]` too: the reshapes and transposes around it go away.
 
@@ -396,17 +410,17 @@ def pack_attention(graph: ir.Graph, node: ir.Node) -> str:
         or (goal[2] != heads[0] * (values[2] // heads[1]) or str(goal[1]) != str(packed[0].shape[1]))
     ):
         return "the output does not go straight back to [batch, tokens, channels]"
-    attributes = {k: a.value for k, a in node.attributes.items()}
+    kind, *counts = PACKED[node.domain, node.op_type]
+    attributes = {k: a.value for k, a in node.attributes.items()} | dict(zip(counts, heads[:2], strict=True))
     new = before(
         graph,
         node,
-        "Attention",
+        kind,
         [*packed, *node.inputs[3:]],
         scope=str(node.name).rpartition("/")[0],
         like=merge.outputs[0],
+        domain=node.domain,
         **attributes,
-        q_num_heads=heads[0],
-        kv_num_heads=heads[1],
     )
     new.metadata_props.update(merge.metadata_props)
     take_users(graph, merge.outputs[0], new.outputs[0])
@@ -421,6 +435,8 @@ RULES: tuple[Rule, ...] = (
     Rule("fuse RMSNorm", "Reciprocal", fuse_rms_norm, since=23),
     Rule("fuse rotary embedding", "Add", fuse_rotary, since=23),
     Rule("pack attention heads", "Attention", pack_attention, since=23),
+    Rule("pack heads of our attention", "Attention", pack_attention, since=23, domain=DOMAIN),
+    Rule("pack heads of our attention with a bias", "AttentionBias", pack_attention, since=23, domain=DOMAIN),
     Rule("drop identities", "Identity", drop_identity),
 )
 
@@ -429,7 +445,7 @@ def run_rule(model: ir.Model, rule: Rule) -> PassResult:
     """Applies one rule to every node of its operator, in order."""
     result = PassResult()
     graph = model.graph
-    for node in [n for n in graph if (n.domain, n.op_type) == ("", rule.operator)]:
+    for node in [n for n in graph if (n.domain, n.op_type) == (rule.domain, rule.operator)]:
         if node.graph is None:
             continue  # an earlier rewrite of this rule took it out
         reason = rule.apply(graph, node)
@@ -448,7 +464,18 @@ def clean_up(model: ir.Model, opset: int) -> dict[str, PassResult]:
     common.CommonSubexpressionEliminationPass()(model)
     common.RemoveUnusedNodesPass()(model)
     name_nodes(model.graph)
+    give_bodies(model)
     return results
+
+
+def give_bodies(model: ir.Model) -> None:
+    """Nodes of ours get the functions that are their bodies; the graph imports their domain."""
+    used = sorted({node.op_type for node in model.graph if node.domain == DOMAIN})
+    if used:
+        model.graph.opset_imports[DOMAIN] = functions.VERSION
+    for kind in used:
+        body = ir.serde.deserialize_function(functions.function(kind, model.graph.opset_imports[""]))
+        model.functions[body.identifier()] = body
 
 
 def name_nodes(graph: ir.Graph) -> None:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from optimize.errors import GateError, InputError, MissingError, OptimizeError
-from optimize.kernels.functions import DOMAIN
+from optimize.kernels.functions import DOMAIN, texts
 
 Shape = tuple[int, ...]
 Profile = tuple[Shape, Shape, Shape]
@@ -243,7 +243,7 @@ def _parser_error(error: Any) -> str:
     return " ".join([f'{error.node_operator()} node "{error.node_name() or error.node()}"', *functions]) + f": {text}"
 
 
-ATTENTIONS = {("", "Attention"), (DOMAIN, "Attention"), (DOMAIN, "AttentionBias")}
+ATTENTIONS = {("", "Attention"), *((DOMAIN, name) for name in texts() if "Attention" in name)}
 
 
 def _refuse_shared_queries(onnx_path: Path) -> None:

@@ -22,7 +22,6 @@ from torch.export.graph_signature import OutputKind
 from torch.fx import Node as FxNode
 
 from optimize.errors import GateError, InternalError
-from optimize.kernels import functions
 
 from .spec import Component, TensorSpec, dim_terms
 from .trace import Traced
@@ -592,16 +591,7 @@ class Translator:
             name=self.component.name,
         )
         ir_version = 10 if self.graph.opset < 23 else 11
-        return ir.Model(graph, ir_version=ir_version, producer_name="optimize", functions=bodies(graph))
-
-
-def bodies(graph: ir.Graph) -> list[ir.Function]:
-    """The function bodies of the nodes that are ours; the graph imports their domain."""
-    used = sorted({node.op_type for node in graph if node.domain == functions.DOMAIN})
-    if used:
-        graph.opset_imports[functions.DOMAIN] = functions.VERSION
-    opset = graph.opset_imports[""]
-    return [ir.serde.deserialize_function(functions.function(kind, opset)) for kind in used]
+        return ir.Model(graph, ir_version=ir_version, producer_name="optimize")
 
 
 def all_nodes(module: torch.fx.GraphModule) -> Iterator[FxNode]:

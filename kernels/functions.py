@@ -31,6 +31,22 @@ AttentionBias <scale> (q, k, v, bias) => (y) {{
     mask = Expand (bias, whole)
     y = Attention <scale: float = @scale> (q, k, v, mask)
 }}"""
+# Heads side by side, as a projection leaves them: [batch, tokens, heads * head_dim]
+PACKED_ATTENTION = """
+PackedAttention <causal, scale, heads, kv_heads> (q, k, v) => (y) {{
+    y = Attention
+        <is_causal: int = @causal, scale: float = @scale, q_num_heads: int = @heads, kv_num_heads: int = @kv_heads>
+        (q, k, v)
+}}"""
+PACKED_ATTENTION_BIAS = """
+PackedAttentionBias <scale, heads, kv_heads> (q, k, v, bias) => (y) {{
+    one = Constant <value_ints = [1]> ()
+    queries = Shape <start = 1, end = 2> (q)
+    keys = Shape <start = 1, end = 2> (k)
+    whole = Concat <axis = 0> (one, one, queries, keys)
+    mask = Expand (bias, whole)
+    y = Attention <scale: float = @scale, q_num_heads: int = @heads, kv_num_heads: int = @kv_heads> (q, k, v, mask)
+}}"""
 GROUP_NORM = """
 {name} <groups, epsilon> (x, weight, bias) => (y) {{
     {normed} = GroupNormalization <num_groups: int = @groups, epsilon: float = @epsilon> (x, weight, bias)
@@ -132,6 +148,8 @@ def texts() -> Mapping[str, str]:
     return {
         "Attention": ATTENTION.format(),
         "AttentionBias": ATTENTION_BIAS.format(),
+        "PackedAttention": PACKED_ATTENTION.format(),
+        "PackedAttentionBias": PACKED_ATTENTION_BIAS.format(),
         "GroupNorm": GROUP_NORM.format(name="GroupNorm", normed="y", then=""),
         "GroupNormSiLU": GROUP_NORM.format(name="GroupNormSiLU", normed="normed", then=SILU),
         **dict(norm_texts()),

@@ -106,6 +106,24 @@ def test_causal_attention(dtype: torch.dtype) -> None:
     agree(got, K.attention(*feeds.values(), scale=0.3, causal=True), dtype)
 
 
+def packed(*heads: torch.Tensor) -> list[torch.Tensor]:
+    """[batch, heads, tokens, head_dim] as [batch, tokens, heads * head_dim]."""
+    return [x.transpose(1, 2).flatten(2).contiguous() for x in heads]
+
+
+@BOTH
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("biased", [False, True])
+def test_attention_with_packed_heads(causal: bool, biased: bool, dtype: torch.dtype) -> None:
+    heads = drawn(dtype, q=(2, 6, 63, 40), k=(2, 2, 63, 40), v=(2, 2, 63, 40))
+    bias = drawn(dtype, bias=(2, 1, 63, 63))["bias"] if biased else None
+    feeds = dict(zip("qkv", packed(*heads.values()), strict=True)) | ({} if bias is None else {"bias": bias})
+    name, attributes = ("PackedAttentionBias", {}) if biased else ("PackedAttention", {"causal": int(causal)})
+    got = run(model_of(name, feeds, 1, scale=0.3, heads=6, kv_heads=2, **attributes), feeds)
+    (wanted,) = packed(K.attention(*heads.values(), bias=bias, scale=0.3, causal=causal and not biased))
+    agree(got, wanted, dtype)
+
+
 @BOTH
 @pytest.mark.parametrize("shape", [(1, 1, 1, 77), (2, 1, 7, 77), (2, 4, 1, 77), (1, 4, 7, 77)])
 @pytest.mark.parametrize("boolean", [False, True])

@@ -123,6 +123,26 @@ def test_attention(case: str, causal: bool, dtype: torch.dtype) -> None:
     check(got, reference.attention, q, k, v, None, causal, got_scale(scale))
 
 
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize(("case", "causal"), [(c, False) for c in ATTENTION] + [(c, True) for c in CAUSAL])
+def test_packed_heads_give_the_same(case: str, causal: bool, biased: bool, dtype: torch.dtype) -> None:
+    """[batch, tokens, heads * head_dim]: every number in its place is that of the heads apart, to the bit."""
+    batch, heads, kv_heads, queries, keys, head_dim = ATTENTION[case]
+    sizes = (heads, queries), (kv_heads, keys), (kv_heads, keys)
+    q, k, v = draw(dtype, *((batch, n, tokens, head_dim) for n, tokens in sizes))
+    flat = [x.transpose(1, 2).flatten(2).contiguous() for x in (q, k, v)]
+    counts = {"heads": heads, "kv_heads": kv_heads}
+    if biased:
+        bias = draw(dtype, (1, 1, queries, keys))
+        (got,) = native("PackedAttentionBias", [*flat, *bias], scale=0.2, **counts)
+        (apart,) = native("AttentionBias", [q, k, v, *bias], scale=0.2)
+    else:
+        (got,) = native("PackedAttention", flat, causal=int(causal), scale=0.2, **counts)
+        (apart,) = native("Attention", [q, k, v], causal=int(causal), scale=0.2)
+    assert got.shape == flat[0].shape
+    assert torch.equal(got, apart.transpose(1, 2).flatten(2))
+
+
 def got_scale(scale: float) -> float:
     """An attribute is an fp32 number."""
     return float(np.float32(scale))
@@ -313,6 +333,19 @@ BAD: dict[str, tuple[str, list[tuple[int, ...]], dict[str, Any], str]] = {
     "heads": ("Attention", [(1, 3, 8, 40), Q, Q], ATTENDING, "that divides the 3 heads"),
     "wide": ("Attention", [(1, 1, 8, 520)] * 3, ATTENDING, "a head_dim of 520, expected at most 512"),
     "bias": ("AttentionBias", [Q, Q, Q, (1, 1, 8, 7)], ATTENDING, "bias: got [1, 1, 8, 7], expected what broadcasts"),
+    "packed": (
+        "PackedAttention",
+        [(1, 8, 40)] * 3,
+        ATTENDING | {"heads": 3, "kv_heads": 3},
+        "q: got 40 channels for 3 heads",
+    ),
+    "packed keys": (
+        "PackedAttention",
+        [(1, 8, 40)] * 3,
+        ATTENDING | {"heads": 4, "kv_heads": 2},
+        "and head_dim 10, as q",
+    ),
+    "no heads": ("PackedAttention", [(1, 8, 40)] * 3, ATTENDING | {"heads": 0, "kv_heads": 1}, "channels for 0 heads"),
     "groups": ("GroupNorm", [(1, 6, 4), (6,), (6,)], NORMING | {"groups": 4}, "groups: got 4, expected a number"),
     "weight": ("RMSNorm", [(2, 6), (5,)], NORMING, "weight: got [5], expected [6]"),
     "residual": ("AddRMSNorm", [(2, 6), (2, 5), (6,)], NORMING, "residual: got [2, 5]"),

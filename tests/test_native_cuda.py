@@ -142,6 +142,16 @@ def test_attention(folder: Path, program: Path) -> None:
     assert launch["allowed"] == (launch["shared"] if launch["shared"] > 48 << 10 else 0)
 
 
+def test_attention_with_packed_heads(folder: Path, program: Path) -> None:
+    """The same kernel: heads lie side by side in a token."""
+    (launch,) = launches(ran(program, "packed"))
+    (apart,) = launches(ran(program, "attention"))
+    assert (launch["digest"], launch["grid"]) == (apart["digest"], apart["grid"])
+    _, values = matched(launch, table(folder))
+    steps = [[values[f"{name}_{of}"] for of in ("batch", "head", "token")] for name in ("q", "k", "v", "out")]
+    assert steps == [[n * 8 * 40, 40, 8 * 40] for n in (300, 77, 77, 300)]
+
+
 def test_attention_with_a_bias(folder: Path, program: Path) -> None:
     (launch,) = launches(ran(program, "bias"))
     row, values = matched(launch, table(folder))

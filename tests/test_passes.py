@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from torch import nn
 
+from optimize import kernels
 from optimize.compile import external, passes
 from optimize.compile.feeds import feeds_for
 from optimize.compile.onnx_model import Clock, drop_unused_initializers, graph_from_component, merge_tied, same_as
@@ -69,6 +70,7 @@ def translated(component: Component, precision: str = "fp32", opset: int = 23) -
     weights = component.weights.bind(traced.module)
     model = translate(traced, component, opset, external.weight_maker(weights, same_as(traced.module)))
     merge_tied(model)
+    passes.give_bodies(model)
     return model
 
 
@@ -135,6 +137,12 @@ def attended(x, q, k, v):
     """Projections, heads split off and joined again, as all libraries write it."""
     heads = [m(x).view(x.shape[0], -1, 4, m.out_features // 4).transpose(1, 2) for m in (q, k, v)]
     return F.scaled_dot_product_attention(*heads).transpose(1, 2).reshape(x.shape[0], -1, v.out_features)
+
+
+def attended_by_ours(x, q, k, v, bias=None):
+    """The same with our operation, three heads of the query to each of key and value."""
+    heads = [m(x).unflatten(2, (-1, 4)).transpose(1, 2) for m in (q, k, v)]
+    return kernels.attention(*heads, bias=bias).transpose(1, 2).flatten(2)
 
 
 def dense(*sizes: int) -> list[nn.Linear]:
@@ -266,6 +274,20 @@ POSITIVES = {
         (X,),
         {"Reshape": 4},
         {"Reshape": 0, "Attention": 1},
+    ),
+    "our attention": Positive(
+        "pack heads of our attention",
+        lambda: Fn(attended_by_ours, *dense(24, 8, 8)),
+        (X,),
+        {"Attention": 1, "Reshape": 4},
+        {"PackedAttention": 1, "Transpose": 0, "Reshape": 0, "Attention": 0},
+    ),
+    "our attention with a bias": Positive(
+        "pack heads of our attention with a bias",
+        lambda: Fn(lambda x, bias, *parts: attended_by_ours(x, *parts, bias[:, None, None] > 0), *dense(8, 8, 8)),
+        (X, ("b", "t")),
+        {"AttentionBias": 1, "Reshape": 4},
+        {"PackedAttentionBias": 1, "Transpose": 0, "Reshape": 0, "AttentionBias": 0},
     ),
 }
 

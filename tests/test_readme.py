@@ -50,5 +50,5 @@ def test_the_kernels_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_the_table_names_every_operator_of_ours() -> None:
     named = set(re.findall(r"`(\w+)`", README.partition("## Kernels")[2].partition("## What")[0]))
-    families = {name for name in functions.texts() if not re.search("^(Gated)?Add|Modulated$", name)}
+    families = {name for name in functions.texts() if not re.search("^(Gated)?Add|^Packed|Modulated$", name)}
     assert families <= named

@@ -48,14 +48,14 @@ INLINE int64_t strip_at(int64_t at, int64_t vectors) {
 
 // --- packing ---
 
-// out[d * rows + r] = x[r][d] * factor; zeros for the rows from n on. `rows` is a multiple of 4.
+// out[d * rows + r] = x[r * stride + d] * factor; zeros for the rows from n on. `rows` is a multiple of 4.
 template <class T>
-void pack_columns(const T* x, int64_t rows, int64_t n, int64_t width, float factor, float* out) {
+void pack_columns(const T* x, int64_t stride, int64_t rows, int64_t n, int64_t width, float factor, float* out) {
   alignas(64) float four[4][WIDEST + WIDTH];
   for (int64_t first = 0; first < rows; first += 4) {
     for (int64_t r = 0; r < 4; ++r)
       for (int64_t d = 0; d < width; d += WIDTH)
-        store(four[r] + d, first + r < n ? load(x + (first + r) * width + d, width - d) * factor : Vec{});
+        store(four[r] + d, first + r < n ? load(x + (first + r) * stride + d, width - d) * factor : Vec{});
     for (int64_t d = 0; d < width; d += 4) {
       Four part[4];
       for (int r = 0; r < 4; ++r) __builtin_memcpy(&part[r], four[r] + d, sizeof(Four));
@@ -70,7 +70,8 @@ template <class T>
 void pack_keys(const AttentionProblem& p, const T* k, int64_t from, int64_t to, float* out) {
   for (int64_t first = from; first < to; first += PANEL) {
     const int64_t n = least(PANEL, p.keys - first);
-    pack_columns(k + first * p.head_dim, rounded_up(n, WIDTH), n, p.head_dim, 1.0f, out + first * p.head_dim);
+    const int64_t stride = p.kv_strides.token;
+    pack_columns(k + first * stride, stride, rounded_up(n, WIDTH), n, p.head_dim, 1.0f, out + first * p.head_dim);
   }
 }
 
@@ -82,7 +83,7 @@ void pack_values(const AttentionProblem& p, const T* v, int64_t vectors, int64_t
     for (int64_t j = from; j < to; ++j)
       for (int64_t i = 0; i < wide; ++i) {
         const int64_t d = (at + i) * WIDTH;
-        store(strip + (j * wide + i) * WIDTH, load(v + j * p.head_dim + d, p.head_dim - d));
+        store(strip + (j * wide + i) * WIDTH, load(v + j * p.kv_strides.token + d, p.head_dim - d));
       }
     at += wide;
   }
@@ -94,7 +95,7 @@ void pack_task(void* data, size_t index) {
   const AttentionProblem& p = job.p;
   const int64_t pieces = blocks(p.keys, PACK_KEYS), head = (int64_t)index / pieces;
   const int64_t from = (int64_t)index % pieces * PACK_KEYS, to = least(p.keys, from + PACK_KEYS);
-  const int64_t at = head * p.keys * p.head_dim;
+  const int64_t at = p.kv_strides.at(head / p.kv_heads, head % p.kv_heads);
   pack_keys(p, (const T*)p.k + at, from, to, job.keys + head * job.key_floats);
   pack_values(p, (const T*)p.v + at, job.vectors, from, to, job.values + head * job.value_floats);
 }
@@ -279,7 +280,7 @@ INLINE void write_queries(const AttentionProblem& p, const float* out, int64_t s
     const float sum = sum_of(running[r].sums);
     const float factor = sum == 0.0f ? 0.0f : 1.0f / sum;  // a query that sees no key gives zeros
     for (int64_t d = 0; d < p.head_dim; d += WIDTH)
-      store(to + r * p.head_dim + d, load(out + r * stride + d) * factor, p.head_dim - d);
+      store(to + r * p.q_strides.token + d, load(out + r * stride + d) * factor, p.head_dim - d);
   }
 }
 
@@ -295,9 +296,9 @@ void tile_task(void* data, size_t index) {
   alignas(64) float queries[TILE_FLOATS], out[TILE_FLOATS] = {}, scores[ROWS * KEYS];
   Running running[TILE_QUERIES];
   for (auto& r : running) r = {LEAST, Vec{}};
-  const T* q = (const T*)p.q + (head * p.queries + start) * p.head_dim;
+  const int64_t step = p.q_strides.token, at = p.q_strides.at(head / p.heads, head % p.heads) + start * step;
   for (int64_t r = 0; r < n; r += ROWS)
-    pack_columns(q + r * p.head_dim, ROWS, n - r, p.head_dim, p.scale * LOG2E, queries + r * p.head_dim);
+    pack_columns((const T*)p.q + at + r * step, step, ROWS, n - r, p.head_dim, p.scale * LOG2E, queries + r * p.head_dim);
   const int64_t last = p.causal ? least(p.keys, start + n + p.keys - p.queries) : p.keys;
   for (int64_t first = 0; first < last; first += KEYS) {
     const int64_t block = least(KEYS, p.keys - first);
@@ -311,7 +312,7 @@ void tile_task(void* data, size_t index) {
       add_values(scores, values, p.keys, job.vectors, first, block, factor, out + group * stride);
     }
   }
-  write_queries(p, out, stride, running, n, (T*)p.out + (head * p.queries + start) * p.head_dim);
+  write_queries(p, out, stride, running, n, (T*)p.out + at);
 }
 
 // --- few queries: a key or a value at a time, straight from the tensors ---
@@ -328,26 +329,26 @@ void query_task(void* data, size_t index) {
   const auto& job = *(const AttentionJob<T>*)data;
   const AttentionProblem& p = job.p;
   const int64_t head = (int64_t)index / p.queries, query = (int64_t)index % p.queries, n = p.head_dim;
-  const int64_t kv = head / p.heads * p.kv_heads + head % p.heads / (p.heads / p.kv_heads);
-  const T *k = (const T*)p.k + kv * p.keys * n, *v = (const T*)p.v + kv * p.keys * n;
+  const int64_t kv = p.kv_strides.at(head / p.heads, head % p.heads / (p.heads / p.kv_heads)), step = p.kv_strides.token;
+  const int64_t at = p.q_strides.at(head / p.heads, head % p.heads) + query * p.q_strides.token;
+  const T *k = (const T*)p.k + kv, *v = (const T*)p.v + kv;
   alignas(64) float q[WIDEST + WIDTH], out[WIDEST + WIDTH] = {}, scores[KEYS];
   Running running{LEAST, Vec{}};
-  const T* from = (const T*)p.q + (int64_t)index * n;
-  for (int64_t d = 0; d < n; d += WIDTH) store(q + d, load(from + d, n - d) * (p.scale * LOG2E));
+  for (int64_t d = 0; d < n; d += WIDTH) store(q + d, load((const T*)p.q + at + d, n - d) * (p.scale * LOG2E));
   const int64_t last = p.causal ? query + p.keys - p.queries + 1 : p.keys;
   for (int64_t first = 0; first < last; first += KEYS) {
     const int64_t block = least(KEYS, p.keys - first);
-    for (int64_t j = 0; j < block; ++j) scores[j] = product(q, k + (first + j) * n, n);
+    for (int64_t j = 0; j < block; ++j) scores[j] = product(q, k + (first + j) * step, n);
     mask_row<T>(p, {head / p.heads, head % p.heads, query, first}, block, scores);
     float factor;
     soften<1>(scores, block, &running, &factor);
     for (int64_t d = 0; d < n; d += WIDTH) {
       Vec sum = load(out + d) * factor;
-      for (int64_t j = 0; j < block; ++j) sum += scores[j] * load(v + (first + j) * n + d, n - d);
+      for (int64_t j = 0; j < block; ++j) sum += scores[j] * load(v + (first + j) * step + d, n - d);
       store(out + d, sum);
     }
   }
-  write_queries(p, out, 0, &running, 1, (T*)p.out + (int64_t)index * n);
+  write_queries(p, out, 0, &running, 1, (T*)p.out + at);
 }
 
 template <class T>

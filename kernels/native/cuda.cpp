@@ -169,15 +169,13 @@ void attention_on_cuda(const AttentionProblem& p, bool half, void* stream) {
   v.pointers = {{"q", p.q}, {"k", p.k}, {"v", p.v}, {"bias", p.bias}, {"out", p.out}};
   v.numbers = {{"programs", programs}, {"queries", p.queries}, {"keys", p.keys}, {"blocks", row_blocks}, {"GROUP", group},
                {"bias_batch", b[0]}, {"bias_head", b[1]}, {"bias_query", b[2]}, {"bias_key", b[3]}};
-  const auto strides = [&](const char* name, int64_t heads, int64_t tokens) {
-    v.numbers[std::string(name) + "_batch"] = heads * tokens * row;
-    v.numbers[std::string(name) + "_head"] = tokens * row;
-    v.numbers[std::string(name) + "_token"] = row;
-  };
-  strides("q", p.heads, p.queries);
-  strides("out", p.heads, p.queries);
-  strides("k", p.kv_heads, p.keys);
-  strides("v", p.kv_heads, p.keys);
+  const std::pair<const char*, const Strides&> strides[] = {
+      {"q", p.q_strides}, {"out", p.q_strides}, {"k", p.kv_strides}, {"v", p.kv_strides}};
+  for (const auto& [name, s] : strides) {
+    v.numbers[std::string(name) + "_batch"] = s.batch;
+    v.numbers[std::string(name) + "_head"] = s.head;
+    v.numbers[std::string(name) + "_token"] = s.token;
+  }
   v.reals = {{"scale", p.scale}};
   run(device, k, p.batch * programs * row_blocks, v, stream);
 }

@@ -22,7 +22,7 @@ const char* const NO_CUBINS =
     "ai.optimize: this library was built without CUDA kernels; build it with OPTIMIZE_CUBINS (see "
     "kernels/native_cubins.py), or run the model without the library: its nodes carry their bodies";
 
-// One operator for one type of tensors. AttentionBias exists twice for each: with an added and with a boolean bias.
+// One operator for one type of tensors. Those with a bias exist twice for each: with an added and with a boolean one.
 struct Registered : OrtCustomOp {
   const OrtApi* api;  // of the runtime it is registered with
   const Operator* op;
@@ -36,6 +36,7 @@ struct Kernel {
   Attributes attributes;
 };
 
+bool has_bias(const Operator& op) { return strstr(op.name, "AttentionBias") != nullptr; }
 const Registered& of(const OrtCustomOp* op) { return *static_cast<const Registered*>(op); }
 
 OrtStatus* status_of(const OrtApi* api, int code, const char* message) { return ORT_CALL(api, CreateStatus)(code, message); }
@@ -67,7 +68,8 @@ void read_text(const OrtApi* api, const OrtKernelInfo* info, const char* op, Att
 Attributes read_attributes(const OrtApi* api, const OrtKernelInfo* info, const Operator& op) {
   Attributes a;
   const struct { const char* name; int64_t* to; } integers[] = {
-      {"causal", &a.causal}, {"groups", &a.groups}, {"interleaved", &a.interleaved}};
+      {"causal", &a.causal}, {"groups", &a.groups}, {"interleaved", &a.interleaved},
+      {"heads", &a.heads},   {"kv_heads", &a.kv_heads}};
   const struct { const char* name; float* to; } floats[] = {{"scale", &a.scale}, {"epsilon", &a.epsilon}};
   for (const auto& i : integers)
     if (strstr(op.attributes, i.name)) check(api, ORT_CALL(api, KernelInfoGetAttribute_int64)(info, i.name, i.to));
@@ -204,7 +206,7 @@ Registered registered(const OrtApi* api, const Operator& op, int type, int bias_
   };
   r.GetInputType = [](const OrtCustomOp* o, size_t i) {
     if ((int)i >= of(o).op->angles) return (int)ORT_FLOAT;
-    return i == 3 && strcmp(of(o).op->name, "AttentionBias") == 0 ? of(o).bias_type : of(o).type;
+    return i == 3 && has_bias(*of(o).op) ? of(o).bias_type : of(o).type;
   };
   r.GetInputTypeCount = [](const OrtCustomOp* o) { return (size_t)of(o).op->inputs; };
   r.GetOutputType = [](const OrtCustomOp* o, size_t) { return of(o).type; };
@@ -233,7 +235,7 @@ struct Domain {
       for (int i = 0; i < OPERATOR_COUNT; ++i)
         for (int type : {ORT_FLOAT, ORT_FLOAT16}) {
           operators.push_back(registered(api, OPERATORS[i], type, type, cuda));
-          if (strcmp(OPERATORS[i].name, "AttentionBias") == 0)
+          if (has_bias(OPERATORS[i]))
             operators.push_back(registered(api, OPERATORS[i], type, ORT_BOOL, cuda));
         }
     check(api, ORT_CALL(api, CreateCustomOpDomain)(DOMAIN_NAME, &made));

@@ -64,6 +64,22 @@ const void* expect_vector(const Call& call, int index, const char* argument, int
 
 const char* const HEADS = "[batch, heads, tokens, head_dim]";
 
+struct Sizes {
+  int64_t batch, heads, tokens, head_dim;
+};
+
+Sizes sizes(const Call& call, int index, const char* argument) {
+  const int64_t* d = expect_dims(call, index, argument, 4, HEADS).shape.dims;
+  return {d[0], d[1], d[2], d[3]};
+}
+
+Sizes split_sizes(const Call& call, int index, const char* argument, int64_t heads) {
+  const int64_t* d = expect_dims(call, index, argument, 3, "[batch, tokens, heads * head_dim]").shape.dims;
+  if (heads < 1 || d[2] % heads != 0)
+    call.fail(argument, number(d[2]) + " channels for " + number(heads) + " heads", "a number that its heads divide");
+  return {d[0], heads, d[1], d[2] / heads};
+}
+
 // gate, scale and shift: [batch or 1, tokens or 1, channels]
 PerToken per_token(const Call& call, int index, const char* argument, const Shape& x) {
   const Tensor& t = call.inputs[index];
@@ -91,18 +107,20 @@ void set_bias(const Call& call, AttentionProblem& p) {
 }  // namespace
 
 AttentionProblem attention_problem(const Call& call) {
-  const Tensor& q = expect_dims(call, 0, "q", 4, HEADS);
-  const Tensor& k = expect_dims(call, 1, "k", 4, HEADS);
-  const Tensor& v = expect_dims(call, 2, "v", 4, HEADS);
-  const int64_t *a = q.shape.dims, *b = k.shape.dims;
-  if (a[3] > 512) call.fail("q", "a head_dim of " + number(a[3]), "at most 512");
-  if (b[0] != a[0] || b[3] != a[3])
-    call.fail("k", k.shape.text(), "batch " + number(a[0]) + " and head_dim " + number(a[3]) + ", as q");
+  const bool packed = starts(call, "Packed");
+  const Sizes a = packed ? split_sizes(call, 0, "q", call.attributes.heads) : sizes(call, 0, "q");
+  const Sizes b = packed ? split_sizes(call, 1, "k", call.attributes.kv_heads) : sizes(call, 1, "k");
+  const Tensor &q = call.inputs[0], &k = call.inputs[1], &v = call.inputs[2];
+  if (a.head_dim > 512) call.fail("q", "a head_dim of " + number(a.head_dim), "at most 512");
+  if (b.batch != a.batch || b.head_dim != a.head_dim)
+    call.fail("k", k.shape.text(), "batch " + number(a.batch) + " and head_dim " + number(a.head_dim) + ", as q");
   if (!(v.shape == k.shape)) call.fail("v", v.shape.text(), k.shape.text() + ", as k");
-  if (b[1] < 1 || a[1] % b[1] != 0)
-    call.fail("k", number(b[1]) + " heads", "a number that divides the " + number(a[1]) + " heads of q");
+  if (b.heads < 1 || a.heads % b.heads != 0)
+    call.fail("k", number(b.heads) + " heads", "a number that divides the " + number(a.heads) + " heads of q");
   AttentionProblem p{};
-  p.batch = a[0], p.heads = a[1], p.queries = a[2], p.head_dim = a[3], p.kv_heads = b[1], p.keys = b[2];
+  p.batch = a.batch, p.heads = a.heads, p.queries = a.tokens, p.head_dim = a.head_dim, p.kv_heads = b.heads, p.keys = b.tokens;
+  p.q_strides = strides_of(packed, a.heads, a.tokens, a.head_dim);
+  p.kv_strides = strides_of(packed, b.heads, b.tokens, b.head_dim);
   p.scale = call.attributes.scale;
   p.causal = call.attributes.causal != 0;
   p.q = q.data, p.k = k.data, p.v = v.data;
@@ -223,6 +241,8 @@ void gated_cuda(const Call& c, void* stream) { gated_on_cuda(gated_problem(c), h
 const Operator OPERATORS[] = {
     {"Attention", 3, 1, {0, 0}, "causal scale", attention_cpu, attention_cuda},
     {"AttentionBias", 4, 1, {0, 0}, "scale", attention_cpu, attention_cuda},
+    {"PackedAttention", 3, 1, {0, 0}, "causal scale heads kv_heads", attention_cpu, attention_cuda},
+    {"PackedAttentionBias", 4, 1, {0, 0}, "scale heads kv_heads", attention_cpu, attention_cuda},
     {"GroupNorm", 3, 1, {0, 0}, "groups epsilon", group_norm_cpu, group_norm_cuda},
     {"GroupNormSiLU", 3, 1, {0, 0}, "groups epsilon", group_norm_cpu, group_norm_cuda},
     {"LayerNorm", 3, 1, {0, 0}, "epsilon", norm_cpu, norm_cuda},

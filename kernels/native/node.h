@@ -29,7 +29,7 @@ struct Tensor {
 };
 
 struct Attributes {
-  int64_t causal = 0, groups = 0, interleaved = 0;
+  int64_t causal = 0, groups = 0, interleaved = 0, heads = 0, kv_heads = 0;
   float scale = 0, epsilon = 0;
   bool tanh = false;  // approximate = "tanh"
 };

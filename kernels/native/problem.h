@@ -20,12 +20,24 @@ struct Host {
 
 enum class BiasKind { none, added, seen };  // added: of the tensors' type; seen: bool, true where a query sees a key
 
+// Elements from one batch, head and token to the next; the numbers of a head lie side by side
+struct Strides {
+  int64_t batch, head, token;
+  int64_t at(int64_t b, int64_t h) const { return b * batch + h * head; }
+};
+
+// Of [batch, heads, tokens, head_dim], or of [batch, tokens, heads * head_dim]: packed
+inline Strides strides_of(bool packed, int64_t heads, int64_t tokens, int64_t head_dim) {
+  const int64_t batch = heads * tokens * head_dim;
+  return packed ? Strides{batch, head_dim, heads * head_dim} : Strides{batch, tokens * head_dim, head_dim};
+}
+
 // out[b, h, i] = softmax over j of (q[b, h, i] . k[b, h / (heads / kv_heads), j] * scale + bias[b, h, i, j]) . v
-// All row-major: q [batch, heads, queries, head_dim], k and v [batch, kv_heads, keys, head_dim].
 struct AttentionProblem {
   int64_t batch, heads, kv_heads, queries, keys, head_dim;
   float scale;
   bool causal;  // query i sees the keys up to i + keys - queries
+  Strides q_strides, kv_strides;  // of q and out, of k and v
   const void *q, *k, *v;
   BiasKind bias_kind;
   const void* bias;

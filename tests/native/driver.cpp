@@ -107,12 +107,13 @@ std::vector<double> plain_attention(const AttentionProblem& p, const std::vector
   std::vector<double> out(q.size());
   for (int64_t row = 0; row < p.batch * p.heads * p.queries; ++row) {
     const int64_t i = row % p.queries, h = row / p.queries % p.heads, b = row / p.queries / p.heads, d = p.head_dim;
-    const int64_t kv = (b * p.kv_heads + h / (p.heads / p.kv_heads)) * p.keys;
+    const int64_t kv = p.kv_strides.at(b, h / (p.heads / p.kv_heads)), step = p.kv_strides.token;
+    const int64_t at = p.q_strides.at(b, h) + i * p.q_strides.token;
     std::vector<double> weight((size_t)p.keys);
     double sum = 0;
     for (int64_t j = 0; j < p.keys; ++j) {
       double score = 0;
-      for (int64_t e = 0; e < d; ++e) score += (double)wide(q[row * d + e]) * (double)wide(k[(kv + j) * d + e]);
+      for (int64_t e = 0; e < d; ++e) score += (double)wide(q[at + e]) * (double)wide(k[kv + j * step + e]);
       score *= p.scale;
       const int64_t* s = p.bias_stride;
       if (p.bias) score += wide(bias[b * s[0] + h * s[1] + i * s[2] + j * s[3]]);
@@ -120,22 +121,23 @@ std::vector<double> plain_attention(const AttentionProblem& p, const std::vector
       sum += weight[j];
     }
     for (int64_t j = 0; j < p.keys; ++j)
-      for (int64_t e = 0; e < d; ++e) out[row * d + e] += weight[j] / sum * (double)wide(v[(kv + j) * d + e]);
+      for (int64_t e = 0; e < d; ++e) out[at + e] += weight[j] / sum * (double)wide(v[kv + j * step + e]);
   }
   return out;
 }
 
 template <class T>
 void attention(int64_t batch, int64_t heads, int64_t kv_heads, int64_t queries, int64_t keys, int64_t d, bool causal,
-               bool biased) {
+               bool biased, bool packed = false) {
   const auto q = drawn<T>(batch * heads * queries * d), k = drawn<T>(batch * kv_heads * keys * d),
              v = drawn<T>(batch * kv_heads * keys * d), bias = drawn<T>(biased ? heads * keys : 1);
-  AttentionProblem p{batch, heads, kv_heads, queries, keys, d, 0.1f, causal, q.data(), k.data(), v.data(),
+  AttentionProblem p{batch, heads, kv_heads, queries, keys, d, 0.1f, causal, strides_of(packed, heads, queries, d),
+                     strides_of(packed, kv_heads, keys, d), q.data(), k.data(), v.data(),
                      biased ? BiasKind::added : BiasKind::none, biased ? bias.data() : nullptr, {0, keys, 0, 1}, nullptr};
   const auto truth = plain_attention(p, q, k, v, bias);
   char what[96];
-  std::snprintf(what, sizeof what, "attention %d bytes %ldx%ld/%ld %ldx%ldx%ld %d%d", (int)sizeof(T), (long)batch,
-                (long)heads, (long)kv_heads, (long)queries, (long)keys, (long)d, causal, biased);
+  std::snprintf(what, sizeof what, "attention %d bytes %ldx%ld/%ld %ldx%ldx%ld %d%d%d", (int)sizeof(T), (long)batch,
+                (long)heads, (long)kv_heads, (long)queries, (long)keys, (long)d, causal, biased, packed);
   for (const Kernels* table : tables()) {
     auto out = poisoned<T>(batch * heads * queries * d);
     p.out = out.data();
@@ -211,6 +213,7 @@ void all() {
       for (int64_t keys : {63, 77, 199, 400}) attention<T>(1, 2, 1, queries, keys, d, queries == 63, keys == 77);
   attention<T>(2, 4, 2, 199, 199, 40, true, true);
   attention<T>(1, 1, 1, 1, 1, 40, false, false);
+  for (int64_t queries : {1, 3, 63}) attention<T>(2, 6, 2, queries, 77, 37, queries == 63, queries == 3, true);
   for (bool rms : {false, true})
     for (int64_t n : {1, 7, 63, 199, 1280, 9001}) norm<T>(2, 3, n, rms);
   group_norm<T>(2, 6, 63, 3);

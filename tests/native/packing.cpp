@@ -13,9 +13,10 @@ const void* at(long n) { return (const void*)(n * 0x10000); }
 void* out(long n) { return (void*)(n * 0x10000); }
 void* const STREAM = (void*)0x77;
 
-void attention(bool half, bool biased) {
+void attention(bool half, bool biased, bool packed = false) {
   AttentionProblem p{};
   p.batch = 2, p.heads = 8, p.kv_heads = 8, p.queries = 300, p.keys = 77, p.head_dim = 40;
+  p.q_strides = strides_of(packed, 8, 300, 40), p.kv_strides = strides_of(packed, 8, 77, 40);
   p.scale = 0.5f, p.q = at(1), p.k = at(2), p.v = at(3), p.out = out(4);
   if (biased) {
     p.bias_kind = BiasKind::added, p.bias = at(5);
@@ -28,6 +29,7 @@ void attention(bool half, bool biased) {
 void grouped(int64_t queries) {
   AttentionProblem p{};
   p.batch = 2, p.heads = 8, p.kv_heads = 2, p.queries = queries, p.keys = 300, p.head_dim = 64;
+  p.q_strides = strides_of(false, 8, queries, 64), p.kv_strides = strides_of(false, 2, 300, 64);
   p.scale = 0.5f, p.q = at(1), p.k = at(2), p.v = at(3), p.out = out(4);
   attention_on_cuda(p, true, STREAM);
 }
@@ -53,6 +55,7 @@ void rope(bool by_batch) {
 void run(const char* what) {
   if (!strcmp(what, "attention")) return attention(true, false);
   if (!strcmp(what, "bias")) return attention(true, true);
+  if (!strcmp(what, "packed")) return attention(true, false, true);
   if (!strcmp(what, "grouped")) return grouped(300);
   if (!strcmp(what, "one_token")) return grouped(1);
   if (!strcmp(what, "norm")) return norm();
