@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -145,6 +146,5 @@ def read_cache(path: Path | None, key: Mapping[str, Any]) -> tuple[int, dict[str
                 channels = file[f"channels/{name}"] if f"channels/{name}" in file.files else None
                 seen[name] = Seen(Histogram(file["counts"][i], float(width), float(largest)), channels, int(rows))
             return int(about["done"]), seen
-    except (OSError, ValueError, KeyError, EOFError) as e:
-        del e  # a cache that cannot be read is no cache
-        return 0, {}
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return 0, {}  # a cache that cannot be read is no cache

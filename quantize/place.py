@@ -62,6 +62,12 @@ def quantizes_output(p: Placement, s: Site) -> bool:
     return p.scheme.activations == "static" and p.runtime == "onnxruntime" and s.kind == "conv"
 
 
+def smoothed_in(p: Placement) -> dict[str, Smoothing]:
+    """The vectors of activations that a quantized site reads; where all of them stay high there is nothing to smooth."""
+    read = {s.activation for s in p.chosen() if s.kind == "linear"}
+    return {name: s for name, s in (p.smoothing or {}).items() if name in read}
+
+
 class QuantizedWeight(ir.LazyTensor):
     """A weight of few bits: read, smoothed and rounded when it is written."""
 
@@ -87,10 +93,13 @@ def placed(model: ir.Model, p: Placement) -> ir.Model:
     """The graph with the placement's Q and DQ in it; `model` itself is changed. Weights are made when it is written."""
     builder = Builder(model, p)
     nodes = {str(n.name): n for n in model.graph}
-    for smoothing in (p.smoothing or {}).values():
+    for smoothing in smoothed_in(p).values():
         builder.fold(smoothing)
-    for s in p.chosen():
-        builder.site(nodes[s.name], s)
+    for s in p.sites:
+        if not s.stays:
+            builder.site(nodes[s.name], s)
+        elif builder.smoothed(s) is not None:
+            builder.compensate(nodes[s.name], s)
     if p.runtime == "onnxruntime":
         builder.instance_norms()
     drop_unused_initializers(model)
@@ -103,6 +112,7 @@ class Builder:
     def __init__(self, model: ir.Model, p: Placement) -> None:
         self.model, self.graph, self.p = model, model.graph, p
         self.shared: dict[str, ir.Value] = {}
+        self.smoothing = smoothed_in(p)
 
     def fold(self, smoothing: Smoothing) -> None:
         for name in smoothing.folded:
@@ -239,7 +249,7 @@ class Builder:
         return bool(self.p.scheme.block) and s.kind == "linear"
 
     def smoothed(self, s: Site) -> Array | None:
-        found = (self.p.smoothing or {}).get(s.activation)
+        found = self.smoothing.get(s.activation)
         return None if found is None or s.kind != "linear" else found.divisor
 
     def numbers(self, s: Site) -> tuple[Callable[[], Array], Array, tuple[int, ...]]:
@@ -262,6 +272,20 @@ class Builder:
             return quantize(floats(), spread(scale, shape, axis, block), fmt)
 
         return make, scale, shape
+
+    def compensate(self, node: ir.Node, s: Site) -> None:
+        """A layer that stays high beside quantized ones: its weights take up what its smoothed input lost."""
+        value, divisor = node.inputs[1], self.smoothed(s)
+        assert value is not None and value.const_value is not None and divisor is not None
+        tensor, vector = value.const_value, divisor if s.axis == 0 else divisor[:, None]
+        dtype, name = tensor.dtype, f"{self.fresh(s.weight)}.smoothed"
+
+        def make() -> Array:
+            array = tensor.numpy()
+            return (array.astype(np.float32) * vector).astype(array.dtype)
+
+        shape = [int(d) for d in tensor.shape.numpy()]
+        node.replace_input_with(1, self.register(name, QuantizedWeight(name, dtype, shape, make)))
 
     def as_matmul(self, node: ir.Node, s: Site) -> ir.Node:
         """A Gemm as MatMul and Add: DQ's axis is then the same for all linear sites."""

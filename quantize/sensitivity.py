@@ -71,7 +71,7 @@ def effects(
                 say(f"sensitivity: layer {i + 1} of {len(missing)}, sample {n + 1} of {len(feeds)}")
                 tensor = weights[s.weight]
                 assert tensor is not None
-                error, gains[s.name] = makers[s.name](inputs[s.activation], np.asarray(tensor.numpy(), np.float32))
+                error, gains[s.name] = makers[s.name](inputs[s.activation], np.array(tensor.numpy(), np.float32))
                 got = session.run(feed, outputs, {f"{s.output}>error": error.numpy()})
                 for k, name in enumerate(outputs):
                     if exact[name].is_floating_point():
