@@ -151,9 +151,7 @@ def feeds_of(
     and where a source that should have real data cannot give them.
     """
     if samples < 1:
-        raise InputError(
-            "no calibration samples were asked for", got=samples, expected="1 or more", mend="--samples 32"
-        )
+        raise InputError("no samples were asked for", got=samples, expected="1 or more", mend="--samples 32")
     way = next(w for w in WAYS if w.applies(component, source))
     key = {**key_of(component, source, way), "samples": samples, "seed": seed}
     with SetWriter(folder, component.name, key, total=samples, seed=seed) as writer:

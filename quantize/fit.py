@@ -131,7 +131,8 @@ def check_numbers(inputs: Sequence[TensorSpec], feeds: Feeds) -> None:
                 mend="look at how the data were made",
             )
         kind, _, most = spec.fill.partition(":")
-        if kind in IDS and tensor.numel() and not (tensor.min() >= 0 and tensor.max() < int(most)):
+        tokens = kind in IDS and len(spec.shape) > 1 and tensor.numel()  # DiT's labels have one more: no class
+        if tokens and not (tensor.min() >= 0 and tensor.max() < int(most)):
             raise InputError(
                 f"{spec.name} has ids that the model does not know",
                 got=f"{int(tensor.min())} to {int(tensor.max())}",

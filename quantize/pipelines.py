@@ -19,6 +19,7 @@ from optimize.errors import InputError
 
 from .recording import DENOISERS, Recorder, Site, modules_of, sites_of_pipeline
 from .sets import SetWriter
+from .synthetic import SMALL, spread
 from .texts import DIGITS, PROMPTS
 
 Say = Callable[[str], None]
@@ -27,11 +28,8 @@ STEPS = 8
 """Denoising steps of a run; some runs have up to three more, so that the timesteps differ."""
 EACH = 3
 """Samples that a small denoiser gives in a run; a large one gives all `STEPS`, because fewer runs are quicker."""
-GOLDEN = (5**0.5 - 1) / 2
-"""Multiples of it, without their whole part, are spread over 0 to 1 however many there are."""
-SMALL = 50_000_000
-"""Parameters up to which a denoiser runs at the size that it was made for; larger ones at `SIDE` pixels."""
 SIDE = 256
+"""Pixels at which a denoiser of more than `SMALL` parameters runs; a smaller one has the size that it was made for."""
 TOKEN = 16
 """Pixels along a side of an image token of FLUX."""
 
@@ -146,12 +144,6 @@ def wanted(pipe: Any, site: Site, call: int, each: int, run: int) -> bool:
     return call in spread(each, max(len(timesteps), 1), run)
 
 
-def spread(count: int, of: int, turn: int = 0) -> set[int]:
-    """`count` of the indices 0 to `of` - 1, evenly apart, and at other places each turn."""
-    begin = turn * GOLDEN % 1
-    return {int(of * (i + begin) / count) for i in range(count)} if count < of else set(range(of))
-
-
 def call_words(size: tuple[int, int], seed: int, run: int, each: int, *, latent: bool) -> dict[str, Any]:
     """What the call of any pipeline may be given; `call` takes those that its own has."""
     return {
@@ -171,7 +163,7 @@ def call(pipe: Any, words: Mapping[str, Any]) -> None:
     known = inspect.signature(type(pipe).__call__).parameters
     needed = [n for n, p in known.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
     lacking = [n for n in needed[1:] if n not in words]
-    mend = "run it yourself: with optimize.record(pipe, DIR): pipe(...)"
+    mend = "run it yourself (with optimize.record(pipe, DIR): pipe(...)) and give --calibration DIR"
     if lacking:
         raise InputError(
             f"{type(pipe).__name__} needs more than a prompt",

@@ -257,12 +257,14 @@ class Recorder:
         try:
             feeds = feeds_from_call(site.inputs, values())
             parts = split_batch(site.inputs, site.axes, feeds)
-            parts = [parts[len(writer.notes) % len(parts)]] if self.one_part else parts
+            parts = [parts[(self.note.get("run", 0) + call) % len(parts)]] if self.one_part else parts
             for rows, part in parts:
                 note = {**self.note, "call": call, "rows": rows, **timestep_of(part)}
                 writer.add(check_feeds(site.inputs, site.axes, part), note)
         except InputError as e:
             self.left_out.setdefault(site.name, f"{e.what} ({e.got})")
+        except (TypeError, ValueError) as e:  # an argument that is no tensor; the run is the user's and goes on
+            self.left_out.setdefault(site.name, f"its arguments were not understood ({e})")
 
 
 class Recording:

@@ -55,8 +55,10 @@ class CalibrationSet:
         for path, samples in itertools.groupby(self.samples, key=lambda s: s.path):
             read = reader_of(path)
             for sample in samples:
-                feeds = read(sample.row)
-                yield {n: t.to(getattr(torch, self.dtypes[n])) if n in self.dtypes else t for n, t in feeds.items()}
+                yield self._cast(read(sample.row))  # no name here: the caller alone holds it
+
+    def _cast(self, feeds: Feeds) -> dict[str, torch.Tensor]:
+        return {n: t.to(getattr(torch, self.dtypes[n])) if n in self.dtypes else t for n, t in feeds.items()}
 
     @property
     def notes(self) -> tuple[Note, ...]:

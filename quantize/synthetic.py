@@ -5,6 +5,7 @@ What is drawn at random says so in the set's `how`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -19,6 +20,8 @@ from .sets import SetWriter
 
 STEPS = 8
 """Samples of one trajectory."""
+GOLDEN = (5**0.5 - 1) / 2
+"""Multiples of it, without their whole part, are spread over 0 to 1 however many there are."""
 SMALL = 50_000_000  # parameters: larger networks are given smaller images
 SIZES: Mapping[str, int] = {"batch": 1, "height": 256, "width": 256, "image_tokens": 256, "tokens": 128, "past": 64}
 """Axis -> the most that a network is given where its range allows it; a small one is given images of its own size."""
@@ -63,20 +66,30 @@ def within(axis: Axis, size: int) -> int:
 def is_denoiser(component: Component) -> bool:
     """Something noisy and a time come in."""
     fills = [t.fill for t in component.inputs]
-    return fills[0] == "normal" and len(component.inputs[0].shape) > 2 and any(f in TIMES for f in fills)
+    return fills[:1] == ["normal"] and len(component.inputs[0].shape) > 2 and any(f in TIMES for f in fills)
 
 
 def trajectories(writer: SetWriter, component: Component, seed: int, say: Callable[[str], None]) -> None:
     """From noise along a schedule, each step by the network's own output; where that is no image, the noise of each
     level is laid over a smooth one."""
-    sizes = usual_sizes(component)
-    begin = len(writer.notes) // STEPS
+    sizes, total = usual_sizes(component), writer.total or 0
+    runs = math.ceil(total / STEPS)
+    each = math.ceil(total / runs)
     with eager(component) as runner:
-        for run in range(begin, -(-(writer.total or 0) // STEPS)):
+        for run in range(len(writer.notes) // each, runs):
+            say(f"walking: trajectory {run + 1} of {runs}")
+            kept = spread(each, STEPS, run)
             for i, (feeds, timestep) in enumerate(steps_of(runner, component, sizes, seed * 1_000_003 + run)):
-                say(f"walking: step {run * STEPS + i + 1} of {writer.total}")
-                if run * STEPS + i >= len(writer.notes):
+                if i in kept:  # the writer leaves out what it has already
                     writer.add(feeds, {"run": run, "call": i, "timestep": timestep})
+                if writer.full:
+                    return
+
+
+def spread(count: int, of: int, turn: int = 0) -> set[int]:
+    """`count` of the indices 0 to `of` - 1, evenly apart, and at other places each turn."""
+    begin = turn * GOLDEN % 1
+    return {int(of * (i + begin) / count) for i in range(count)} if count < of else set(range(of))
 
 
 def steps_of(
