@@ -64,7 +64,8 @@ def test_equal_images_are_perfect(pixels: torch.nn.Module) -> None:
     found = image_figures(images, images, ["a"] * 7, pixels)
     assert (found.figures["image-psnr"], found.figures["image-ssim"], found.figures["lpips"]) == (math.inf, 1, 0)
     assert found.figures["fid"] == pytest.approx(0, abs=1e-6)
-    assert {k: found.figures[k] for k in ("kid", "is")} == {k: found.reference[k] for k in ("kid", "is")}
+    for name in ("kid", "is"):  # torchmetrics shuffles: the last bits vary
+        assert found.figures[name] == pytest.approx(found.reference[name], rel=1e-9), name
     assert set(found.skipped) == {"clip-score"}
 
 
