@@ -44,12 +44,14 @@ class LoadedComponent:
         artifact = self.onnx(precision)
         if backend == "eager":
             source = component_of(self.bundle, self.record.name, self.trust_remote_code)
-            return EagerRunner(source, str(artifact.spec["precision"]))
+            made_of = str(artifact.spec.get("base", artifact.id))  # a quantized one is eager in its base's precision
+            return EagerRunner(source, made_of.split("/")[1])
         return self.runner_of(artifact)
 
     def runner_of(self, artifact: Artifact) -> Runner:
         """ONNX Runtime of one ONNX artifact, whose digest is checked first."""
         from optimize.compile.runners import BACKENDS as RUNNERS
+        from optimize.receipts import simulation
 
         if artifact.spec["precision"] == "bf16":
             raise MissingError(
@@ -58,7 +60,7 @@ class LoadedComponent:
         for parent in artifact.parents:
             self.bundle.check(self.bundle.manifest.artifacts[parent])
         self.bundle.check(artifact)
-        return RUNNERS["onnxruntime"](self.bundle.path(artifact))
+        return RUNNERS["onnxruntime"](self.bundle.path(artifact), entries=simulation(str(artifact.spec["precision"])))
 
     def onnx(self, precision: str | None = None) -> Artifact:
         """The ONNX artifact of a precision."""
@@ -75,13 +77,6 @@ class LoadedComponent:
                 mend=f"optimize export {self.bundle.manifest.source} --out {self.bundle.root} --precision {wanted}",
             )
         return found[wanted]
-
-
-def simulated(precision: str) -> dict[str, Any]:
-    """What ONNX Runtime's CPU provider needs to run a precision that it has no kernels for."""
-    from optimize.receipts import simulation
-
-    return {"entries": simulation(precision)}
 
 
 class LoadedBundle(Mapping[str, LoadedComponent]):
