@@ -2,8 +2,8 @@
 
 Rules, referred to by number below:
 
-1. A value that the probe saw above `LIMIT`, or whose numbers fp16 would lose, is fp32. What makes it and what reads it
-   computes in fp32.
+1. A value that the probe saw above `LIMIT` is fp32: what makes it and what reads it computes in fp32. So is one whose
+   numbers are so small that fp16 would lose them, where that shows in what is made of it.
 2. A value that depends on masks, ids and constants alone is the same in every run: it may go up to fp16's end.
 3. A score under a mask is judged without the mask: softmax makes nothing of what a mask closes.
 4. Attention whose scores, which it keeps to itself, pass the limit computes in fp32.
@@ -88,8 +88,8 @@ def check_nodes(patterns: Sequence[str], model: ir.Model) -> None:
     names = [str(node.name) for node in model.graph]
     modules = {module_of(node) for node in model.graph}
     for pattern in patterns:
-        path = pattern.rpartition("/")[0]
-        if path in modules and not any(matches(pattern, name, "") for name in names):
+        path, is_node, _ = pattern.rpartition("/")
+        if is_node and path in modules and not any(matches(pattern, name, "") for name in names):
             raise InputError(
                 f"{path} has no node {pattern}",
                 got=f"--keep-fp32 {pattern}",
@@ -120,12 +120,13 @@ class Plan:
         if self.computes(node):
             self.kept.setdefault(node, Kept(str(node.name), module_of(node), why, figure))
 
-    def keep_value(self, value: ir.Value, why: str, figure: float) -> None:
-        """Rule 1: its maker, then its readers."""
+    def keep_value(self, value: ir.Value, why: str, figure: float, readers: Sequence[ir.Node] = ()) -> None:
+        """Rule 1: its maker, then its readers, all or these."""
         maker = value.producer()
         if maker is not None:
+            self.kept.pop(maker, None)  # that it makes such a value says more than that it reads one
             self.keep(maker, f"its output {why}", figure)
-        for user in dict.fromkeys(use.node for use in value.uses()):
+        for user in readers or dict.fromkeys(use.node for use in value.uses()):
             self.keep(user, f"it reads {value.name}, which {why}", figure)
 
 
@@ -142,15 +143,15 @@ def islands_of(
             if matches(pattern, str(node.name), module_of(node)):
                 plan.keep(node, f"asked for: --keep-fp32 {pattern}")
     for name, seen in weights.items():
-        judge(plan, model.graph.initializers[name], seen, INFINITE)  # a weight is known: it needs no margin
+        judge(plan, model.graph.initializers[name], seen, INFINITE, ranges)  # a weight is known: it needs no margin
     fixed = fixed_values(model, plan)
+    opened = without_masks(plan, ranges, fixed)
     for node in plan.order:
-        masked = under_mask(node, fixed)
         for value in filter(plan.is_narrow, node.outputs):
-            judged = [v for v in node.inputs if v not in fixed] if masked else [value]  # rule 3
-            seen = [r for v in judged if v is not None and (r := ranges.get(str(v.name)))]
-            for each in seen:
-                judge(plan, value, each, INFINITE if value in fixed else LIMIT)
+            seen = ranges.get(str(value.name))
+            if seen is not None:
+                seen = replace(seen, largest=opened[value]) if value in opened else seen
+                judge(plan, value, seen, INFINITE if value in fixed else LIMIT, ranges)
         scores = ranges.get(f"{node.outputs[0].name}{SCORES}")
         if scores is not None and scores.largest > LIMIT:  # rule 4
             plan.keep(node, f"its scores reach {scores.largest:.4g}", scores.largest)
@@ -160,12 +161,34 @@ def islands_of(
     return [plan.kept[node] for node in plan.order if node in plan.kept]
 
 
-def judge(plan: Plan, value: ir.Value, seen: Range, limit: float) -> None:
+def judge(plan: Plan, value: ir.Value, seen: Range, limit: float, ranges: Mapping[str, Range]) -> None:
     """Rule 1 for one value."""
     if seen.largest > limit:
         plan.keep_value(value, f"reaches {seen.largest:.4g}", seen.largest)
-    elif seen.lost:
-        plan.keep_value(value, f"is about {seen.rms:.2g}, too small for fp16", seen.rms)
+    elif seen.lost and (readers := readers_of_small(value, ranges)):
+        plan.keep_value(value, f"is about {seen.rms:.2g}, too small for fp16", seen.rms, readers)
+
+
+SUMS = frozenset({"Add", "Sub", "Sum"})
+BIASED = frozenset(
+    {"Conv", "ConvTranspose", "Gemm", "LayerNormalization", "GroupNormalization", "InstanceNormalization"}
+)
+
+
+def readers_of_small(value: ir.Value, ranges: Mapping[str, Range]) -> list[ir.Node]:
+    """Who would notice that fp16 keeps little of a small value: not a sum with larger numbers, and not what makes of it
+    another small value that nobody would miss."""
+
+    def notices(use: Any) -> bool:
+        if use.node.op_type in SUMS or (use.node.op_type in BIASED and use.idx == 2):
+            return False
+        return any(not lost(v) or v.is_graph_output() or readers_of_small(v, ranges) for v in use.node.outputs)
+
+    def lost(made: ir.Value) -> bool:
+        seen = ranges.get(str(made.name))
+        return seen is not None and seen.lost
+
+    return list(dict.fromkeys(use.node for use in value.uses() if notices(use)))
 
 
 def fixed_values(model: ir.Model, plan: Plan) -> set[ir.Value]:
@@ -178,12 +201,39 @@ def fixed_values(model: ir.Model, plan: Plan) -> set[ir.Value]:
     return fixed
 
 
-def under_mask(node: ir.Node, fixed: set[ir.Value]) -> bool:
-    """Rule 3: scores with a mask added, or taken where it is open, on their way to a softmax alone."""
-    if node.op_type not in ("Add", "Where") or node.outputs[0] in fixed:
-        return False
-    masked = any(v in fixed for v in node.inputs)
-    return masked and all(use.node.op_type == "Softmax" for use in node.outputs[0].uses())
+MOVES = frozenset({"Cast", "Expand", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze"})
+
+
+def without_masks(plan: Plan, ranges: Mapping[str, Range], fixed: set[ir.Value]) -> dict[ir.Value, float]:
+    """Rule 3: values that a mask is added to or chosen over, and how large they are where it is open. A fixed operand
+    (which the mask is, or comes with) counts nothing."""
+    found: dict[ir.Value, float] = {}
+    closing: dict[ir.Value, bool] = {}
+    for node in plan.order:
+        out = node.outputs[0]
+        masks = node.op_type in ("Add", "Where") and out not in fixed and any(v in fixed for v in node.inputs)
+        carries = node.op_type in ("Add", "Where", *MOVES) and any(v in found for v in node.inputs)
+        if (masks or carries) and is_closed(out, closing):
+            parts = [found.get(v, size_of(v, ranges)) for v in node.inputs if v is not None and v not in fixed]
+            found[out] = sum(parts) if node.op_type == "Add" else max(parts, default=0.0)
+    return found
+
+
+def size_of(value: ir.Value, ranges: Mapping[str, Range]) -> float:
+    seen = ranges.get(str(value.name))
+    return seen.largest if seen else 0.0
+
+
+def is_closed(value: ir.Value, known: dict[ir.Value, bool]) -> bool:
+    """Whether all that becomes of the value is the input of a softmax, Attention's own among them."""
+    if value not in known:
+        known[value] = not value.is_graph_output() and all(
+            use.node.op_type == "Softmax"
+            or ("Attention" in use.node.op_type and use.idx == 3)
+            or (use.node.op_type in ("Add", "Where", *MOVES) and is_closed(use.node.outputs[0], known))
+            for use in value.uses()
+        )
+    return known[value]
 
 
 def join_biases(plan: Plan) -> None:
