@@ -92,6 +92,7 @@ def test_public_names_are_these_and_exist() -> None:
         "export",
         "inspect",
         "load",
+        "quantize",
         "record",
         "verify",
     ]
@@ -113,6 +114,7 @@ LIGHT = [
     "optimize.exporting",
     "optimize.loading",
     "optimize.recording",
+    "optimize.quantizing",
     "optimize.evaluating",
     "optimize.compile",
     "optimize.compile.spec",

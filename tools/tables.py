@@ -118,6 +118,8 @@ def layer_rows(plan: Mapping[str, Sequence[Layer]]) -> list[Row]:
 
 def show_receipts(bundle: Bundle, ids: Iterable[str], as_json: bool) -> None:
     """Each quantized artifact: its headline first, then the counts; with sensitivities, the layers that cost most."""
+    from optimize.tools.plots import sensitivity_plot
+
     wanted = set(ids)
     made = [(a, a.receipt) for a in bundle.artifacts(kind="onnx") if a.id in wanted and a.receipt is not None]
     if as_json:
@@ -145,7 +147,12 @@ def show_receipts(bundle: Bundle, ids: Iterable[str], as_json: bool) -> None:
     for artifact, receipt in made:
         ranked = sorted((x for x in receipt.layers if x.error is not None), key=lambda x: -(x.error or 0))
         if ranked:
-            print(f"{artifact.id}: what each layer alone does to the output, the worst first")
+            picture = bundle.root / "quality" / f"{artifact.id.replace('/', '.')}.sensitivity.svg"
+            drawn = sensitivity_plot(artifact.id, receipt, picture)
+            print(
+                f"{artifact.id}: what each layer alone does to the output, the worst first"
+                + (f"; all of them in {drawn}" if drawn else "")
+            )
             show(
                 [
                     {

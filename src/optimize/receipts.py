@@ -241,7 +241,7 @@ def headline(receipt: Receipt) -> str:
     """The first line: what was gained, or that nothing was."""
     size = f"{receipt.bytes_quantized / receipt.bytes_base:.2f}x the size"
     worst = min(receipt.quality, key=lambda q: q.cosine)
-    figures = f"cosine {worst.cosine:.5f}, SNR {worst.snr:.1f} dB ({worst.output})"
+    figures = f"cosine {worst.cosine:.5f} (lowest {worst.lowest:.5f}), SNR {worst.snr:.1f} dB ({worst.output})"
     if receipt.latency is None:
         return f"not timed here: needs a GPU; {size}; {figures}"
     base = receipt.base.split("/")[1]
