@@ -35,7 +35,7 @@ def fits(x: torch.Tensor, near: torch.Tensor) -> bool:
     """Whether fp16 (`near`) holds the numbers: nothing becomes infinite, and they are not too small."""
     if bool((torch.isinf(near) & ~torch.isinf(x)).any()):
         return False
-    size = float(torch.linalg.vector_norm(x)) if x.numel() else 0.0
+    size = float(torch.linalg.vector_norm(x, dtype=torch.float64)) if x.numel() else 0.0
     return not 0 < size < LEAST_RMS * math.sqrt(x.numel())
 
 
@@ -77,8 +77,10 @@ def computed(func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
     half = tree_any(lambda a: a is HALF or (isinstance(a, torch.Tensor) and a.dtype == HALF), (args, kwargs))
     if not half or kwargs.get("device") == META:  # on meta are weights that are not there now
         return func(*args, **kwargs)
-    halves = half_results(func, args, kwargs)
     wide_args, wide_kwargs = tree_map(widened, (tuple(args), dict(kwargs)))
+    if not any("Tensor" in str(r.type) for r in func._schema.returns):  # item(), equal()
+        return func(*wide_args, **wide_kwargs)
+    halves = half_results(func, args, kwargs)
     results, spec = tree_flatten(func(*wide_args, **wide_kwargs))
     if func._schema.is_mutable and isinstance(args[0], WideHalf):  # written into, through whatever view it is
         args[0].wide.copy_(to_11_bits(args[0].wide))

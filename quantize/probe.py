@@ -27,7 +27,8 @@ LARGEST = 65504.0
 INFINITE = 65520.0
 """From here on fp16 rounds to infinity."""
 LIMIT = LARGEST / 2
-"""What a value may reach in the probe, which sees a few inputs: others can go higher."""
+"""What a value may reach in the probe, which sees a few inputs: others can go higher. In the demo, 64 samples of other
+prompts, seeds and timesteps went up to 1.95 times as high as four had, in one tensor; in most of them 1.1 times."""
 MARK, SCORES = "//", "/scores"
 FLOAT, INT64, BOOL = ir.DataType.FLOAT, ir.DataType.INT64, ir.DataType.BOOL
 
@@ -124,8 +125,8 @@ def weight_ranges(model: ir.Model) -> dict[str, Range]:
 
 
 def tensor_range(tensor: torch.Tensor) -> Range:
-    size, numbers = tensor.numel(), tensor.float()
-    return Range(float(numbers.abs().max()), float(torch.linalg.vector_norm(numbers)) / math.sqrt(size))
+    total = float(torch.linalg.vector_norm(tensor.float(), dtype=torch.float64))
+    return Range(float(tensor.abs().max()), total / math.sqrt(tensor.numel()))
 
 
 def probe_graph(
