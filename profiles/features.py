@@ -144,18 +144,20 @@ class DigitFeatures(torch.nn.Module):
             for w, b in zip(fitted.coefs_, fitted.intercepts_, strict=True)
         ]
         pictures = torch.from_numpy(digits.images).float()[:, None] / 16
+        self.scale = 1.0
+        self.scale = float(self(pictures).square().mean().sqrt())
         patches = F.unfold(pictures, 3).transpose(1, 2).reshape(-1, 9).numpy()
         self.filters = torch.from_numpy(PCA(8, random_state=0).fit(patches).components_).float().reshape(8, 1, 3, 3)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """The perceptron's last hidden layer, `[n, 32]`."""
+        """The perceptron's last hidden layer, `[n, 32]`, of mean square one: KID cubes products of them."""
         x = small(images).flatten(1)
         for weight, bias in self.layers[:-1]:
             x = F.linear(x, weight, bias).relu()
-        return x
+        return x / self.scale
 
     def logits(self, images: torch.Tensor) -> torch.Tensor:
-        return F.linear(self(images), *self.layers[-1])
+        return F.linear(self(images) * self.scale, *self.layers[-1])
 
     def maps(self, images: torch.Tensor) -> list[torch.Tensor]:
         """Responses of the patches' components at three scales, and a constant: a flat background has a direction."""

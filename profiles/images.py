@@ -95,19 +95,20 @@ class Given(torch.nn.Identity):
 
 
 def fid(network: Any, got: torch.Tensor, exact: torch.Tensor, prompts: Sequence[str]) -> float:
-    """Frechet distance of the two sets' features (Heusel et al. 2017). The fewer images, the more too large."""
+    """Frechet distance of the two sets' features (Heusel et al. 2017), at least 0, which rounding takes it below where
+    there are fewer images than features. The fewer images, the more too large."""
     from torchmetrics.image.fid import FrechetInceptionDistance
 
     features = [batched(network, images).double() for images in (exact, got)]
     metric = FrechetInceptionDistance(feature=Given(features[0]), normalize=True)
     metric.update(features[0], real=True)
     metric.update(features[1], real=False)
-    return float(metric.compute())
+    return max(float(metric.compute()), 0.0)
 
 
 def kid(network: Any, got: torch.Tensor, exact: torch.Tensor, prompts: Sequence[str]) -> float:
-    """Kernel distance of the two sets' features (Binkowski et al. 2018) over all images at once. Its estimate is for
-    independent sets and below zero for images of the same seeds: the reference's with itself is its least."""
+    """Kernel distance of the two sets' features (Binkowski et al. 2018) over all images at once. The estimate is for
+    independent sets and below zero for two of the same seeds: read it beside the reference's with itself."""
     from torchmetrics.image.kid import KernelInceptionDistance
 
     features = [batched(network, images).double() for images in (exact, got)]

@@ -137,6 +137,16 @@ def test_noise_shows_in_every_figure_of_the_demo() -> None:
     assert found[2].figures["is"] < found[0].figures["is"] < 10
 
 
+def test_the_demos_features_are_of_size_one_and_its_logits_are_the_perceptrons() -> None:
+    """Of 7 digits with 32 features FID is nothing and not below; KID's kernel stays near one."""
+    images, prompts = real_digits(7)
+    network = digit_features()
+    assert float(network(real_digits(1797)[0]).square().mean()) == pytest.approx(1, abs=1e-4)
+    assert [DIGITS[int(i)] for i in network.logits(images).argmax(1)] == prompts
+    found = image_figures(images, images, prompts, network).figures
+    assert 0 <= found["fid"] < 1e-5 and abs(found["kid"]) < 2
+
+
 def test_the_demo_reads_what_it_is_asked_for() -> None:
     images, prompts = real_digits(50)
     wrong = [

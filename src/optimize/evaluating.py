@@ -166,7 +166,7 @@ def request_of(
     choose("precision", precisions, sorted(here))
     if against != "fp32":
         choose("against", [against], sorted({*here, "fp32", "eager"}))
-    for word, number, least in (("samples", samples, 1), ("images", images or 0, 0)):
+    for word, number, least in (("samples", samples, 1), ("images", images or 0, 0), ("seed", seed, 0)):
         if number < least:
             raise InputError(f"--{word} is too small", got=number, expected=f"at least {least}")
     if find_spec("torchmetrics") is None:
