@@ -41,9 +41,9 @@ TIMESTEP = TensorSpec("timestep", ("batch",), "float32", "timestep")
 
 
 def pixel_axes(step: int, opt: int, low: int | None = None) -> tuple[Axis, Axis]:
-    """Height and width in pixels: multiples of `step`, up to twice `opt`."""
-    least = low or step * max(1, 64 // step)
+    """Height and width in pixels: multiples of `step`, from 64 or below (a model of small images) to twice `opt`."""
     opt = max(step, opt // step * step)
+    least = low or min(step * max(1, 64 // step), opt)
     return (
         Axis("height", least, max(opt, least), 2 * max(opt, least), step),
         Axis("width", least, max(opt, least), 2 * max(opt, least), step),
