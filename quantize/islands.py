@@ -196,7 +196,8 @@ def fixed_values(model: ir.Model, plan: Plan) -> set[ir.Value]:
     fixed = {v for v in model.graph.inputs if v.dtype is not None and not v.dtype.is_floating_point()}
     fixed |= {v for v in model.graph.initializers.values() if not isinstance(v.const_value, WeightTensor)}
     for node in plan.order:
-        if all(v in fixed for v in node.inputs if v is not None) or node.op_type in SIZES:
+        numbers = node.inputs[1:] if node.op_type == "Where" else node.inputs  # whichever is chosen is fixed
+        if all(v in fixed for v in numbers if v is not None) or node.op_type in SIZES:
             fixed |= set(node.outputs)
     return fixed
 

@@ -50,6 +50,7 @@ class ArtifactInfo:
     proof: str
     target: str
     downgrades: Sequence[str]
+    fp32: Sequence[Mapping[str, Any]] = ()
 
 
 @dataclass(frozen=True)
@@ -151,6 +152,7 @@ def artifact_info(bundle: Bundle, artifact: Artifact, graph: Graph | None) -> Ar
         proof=artifact.parity.how if artifact.parity else f"of {artifact.parents[0]}",
         target="" if graph else f"{artifact.spec['target']} (SM{artifact.spec['sm']})",
         downgrades=tuple(artifact.downgrades),
+        fp32=tuple(artifact.spec.get("fp32", ())),
     )
 
 
@@ -192,6 +194,7 @@ def run(
     elif component or not found.artifacts:
         for graph in found.graphs:
             show_graph(graph)
+            show_kept(next((a.fp32 for a in found.artifacts if a.id == graph.name), ()))
     else:
         show_bundle(found)
     return 0
@@ -267,6 +270,15 @@ def show_graph(graph: Graph) -> None:
             show(table, False)
     print("\nattention, norms, activations (--fusions lists each)")
     show(totals_of(graph.sites), False)
+
+
+def show_kept(kept: Sequence[Mapping[str, Any]]) -> None:
+    """The nodes of a 16-bit graph that stay in fp32, with the reason of each."""
+    from optimize.tools.tables import show
+
+    if kept:
+        print("\nin fp32")
+        show([{"node": k["node"], "why": k["why"]} for k in kept], False)
 
 
 def tables_of(graph: Graph) -> Iterator[tuple[str, list[dict[str, Any]]]]:

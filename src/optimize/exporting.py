@@ -388,7 +388,17 @@ def make_onnx(step: Step, request: Request, bundle: Bundle, progress: Progress) 
             **({"fusions": fusions} if fusions else {}),
             **narrowing.spec(),
         }
-        adopt(step, bundle, folder, spec, clock.seconds, parity, shared, notes=words.notes(precision))
+        adopt(
+            step,
+            bundle,
+            folder,
+            spec,
+            clock.seconds,
+            parity,
+            shared,
+            notes=words.notes(precision),
+            downgrades=narrowing.downgrades(),
+        )
 
 
 def write_graph(model: Any, path: Path, step: Step, bundle: Bundle, progress: Progress) -> Artifact | None:
@@ -455,6 +465,7 @@ def adopt(
     receipt: Any = None,
     base: Artifact | None = None,
     notes: Sequence[str] = (),
+    downgrades: Sequence[str] = (),
 ) -> None:
     """Moves the files into the bundle and claims them, weights first. `base` is what a quantized graph was made of."""
     from optimize.compile.digests import digest_of_file
@@ -490,6 +501,7 @@ def adopt(
                 seconds=dict(seconds) if kind == "onnx" else {},
                 parity=parity if kind == "onnx" else None,
                 notes=list(notes) if kind == "onnx" else [],
+                downgrades=list(downgrades) if kind == "onnx" else [],
                 receipt=receipt if kind == "onnx" else None,
             )
         )

@@ -92,6 +92,11 @@ class Narrowing:
     def ranges(self) -> Mapping[str, Range]:
         return self.probe.ranges if self.probe else {}
 
+    def downgrades(self) -> list[str]:
+        """What is not in the precision that was asked for, in a line; what the user kept is none."""
+        own = [k for k in self.kept if k.figure is not None]
+        return [f"{len(self.kept)} nodes stay in fp32; {own[0].node}: {own[0].why}"] if own else []
+
     def spec(self) -> dict[str, Any]:
         """For the manifest: `fp32` lists the nodes with their modules, reasons and figures."""
         return {
