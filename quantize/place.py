@@ -1,8 +1,8 @@
 """Q and DQ go into a graph, where the runtime that will run it needs them; weights become numbers of few bits.
 
 ONNX Runtime's CPU kernels: a quantizer of its own for every MatMul, and a convolution's output quantized as well. A
-bias of rank 1 after a MatMul has to go: ONNX Runtime would merge the two into a Gemm, for which there is no int8
-kernel here (20 times slower than fp32, or a session that does not load). A bias of rank 3 is left alone.
+bias must not be added after a MatMul: where sizes are static ONNX Runtime would merge the two into a Gemm, for which
+there is no int8 kernel (20 times slower than fp32, or a session that does not load). Its negative is subtracted.
 TensorRT: inputs and weights, nothing else; it finds the rest by itself.
 """
 
@@ -63,7 +63,7 @@ def quantizes_output(p: Placement, s: Site) -> bool:
 
 
 def smoothed_in(p: Placement) -> dict[str, Smoothing]:
-    """The vectors of activations that a quantized site reads; where all of them stay high there is nothing to smooth."""
+    """The vectors of activations that a quantized site reads; where all stay high there is nothing to smooth."""
     read = {s.activation for s in p.chosen() if s.kind == "linear"}
     return {name: s for name, s in (p.smoothing or {}).items() if name in read}
 
@@ -139,8 +139,8 @@ class Builder:
         node.replace_input_with(1, self.weight(node, s))
         if quantizes_output(self.p, s):
             self.after(node, s)
-        if self.p.runtime == "onnxruntime" and s.kind == "linear" and s.rank > 2:
-            self.lift_bias(node)
+        if self.p.scheme.activations and self.p.runtime == "onnxruntime" and s.kind == "linear":
+            self.unmerge_bias(node)
 
     # --- pieces ---
 
@@ -310,19 +310,18 @@ class Builder:
         last.name = name
         return product
 
-    def lift_bias(self, node: ir.Node) -> None:
-        for use in list(node.outputs[0].uses()):
-            if use.node.op_type != "Add":
-                continue
-            bias = use.node.inputs[1 - use.idx]
+    def unmerge_bias(self, node: ir.Node) -> None:
+        """`m + b` as `m - (-b)`, which ONNX Runtime does not make a Gemm of."""
+        product = node.outputs[0]
+        for use in list(product.uses()):
+            bias = use.node.inputs[1 - use.idx] if use.node.op_type == "Add" else None
             tensor = bias.const_value if bias is not None else None
-            if tensor is None or len(tensor.shape) != 1:
+            if bias is None or tensor is None:
                 continue
-            name = f"{bias.name}.lifted"  # type: ignore[union-attr]
-            lifted = self.graph.initializers.get(name)
-            if lifted is None:
-                lifted = self.constant(name, tensor.numpy().reshape(1, 1, -1), tensor.dtype)
-            use.node.replace_input_with(1 - use.idx, lifted)
+            negated = self.once(f"{bias.name}.negated", -tensor.numpy())
+            use.node.op_type = "Sub"
+            use.node.replace_input_with(0, product)
+            use.node.replace_input_with(1, negated)
 
     def instance_norms(self) -> None:
         """GroupNormalization by InstanceNormalization, for which ONNX Runtime has a kernel on the CPU. The former it
@@ -401,8 +400,8 @@ def numpy_of(kind: ir.DataType) -> Any:
 
 
 def stored_as(p: Placement) -> ir.DataType:
-    """The type of quantized activations. For ONNX Runtime uint8 around 128: the same numbers as int8 around 0, which its
-    x86 kernels turn into that anyway, by a pass that in 1.31 breaks graphs (a QuantizeLinear moved over a Transpose)."""
+    """The type of quantized activations. For ONNX Runtime uint8 around 128: the same numbers as int8 around 0, which it
+    turns into that on x86 anyway, by a pass that in 1.31 breaks graphs (a QuantizeLinear moved over a Transpose)."""
     few = ir.DataType[p.format.onnx]
     return ir.DataType.UINT8 if few == ir.DataType.INT8 and p.runtime == "onnxruntime" else few
 

@@ -37,7 +37,8 @@ class Site:
     """A place that could be quantized. `stays` is the reason where it is not.
 
     `activation`, `weight` and `output` are value names; `axis` is the weight's output channel axis as the graph has
-    it, `rank` the activation's, `others` an attention's keys and values. `kind` is "conv", "linear" (weights) or "attention" (none: q, k, v).
+    it, `rank` the activation's, `others` an attention's keys and values. `kind` is "conv", "linear" (weights) or
+    "attention" (none: q, k, v).
     """
 
     name: str
@@ -175,6 +176,4 @@ def by_runtime(s: Site, scheme: Scheme, runtime: str) -> str:
         if s.kind == "attention":
             return f"attention: {runtime} has no {scheme.weights} kernel that reads quantized q, k and v"
         return f"{scheme.name} for {runtime} is made for {' and '.join(scheme.kinds[runtime])} layers"
-    if s.kind == "linear" and scheme.activations == "static" and s.rank < 3:
-        return "a row per sample: reading its weights is all its work"
     return ""
