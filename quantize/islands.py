@@ -142,8 +142,8 @@ def islands_of(
         for node in plan.order:
             if matches(pattern, str(node.name), module_of(node)):
                 plan.keep(node, f"asked for: --keep-fp32 {pattern}")
-    for name, seen in weights.items():
-        judge(plan, model.graph.initializers[name], seen, INFINITE, ranges)  # a weight is known: it needs no margin
+    for name, weight in weights.items():
+        judge(plan, model.graph.initializers[name], weight, INFINITE, ranges)  # a weight is known: it needs no margin
     fixed = fixed_values(model, plan)
     opened = without_masks(plan, ranges, fixed)
     for node in plan.order:

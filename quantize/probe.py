@@ -241,9 +241,9 @@ def with_bounds(piece: ir.Model) -> ir.Model:
         name = str(node.outputs[0].name)
         if name not in names:
             continue
-        for figure, x in zip("qk", node.inputs[:2], strict=True):
-            assert x is not None
-            meter.gives(name + SCORES, figure, meter.all_of("ReduceMax", meter.op("ReduceL2", x, last)))
+        for figure, side in zip("qk", node.inputs[:2], strict=True):
+            assert side is not None
+            meter.gives(name + SCORES, figure, meter.all_of("ReduceMax", meter.op("ReduceL2", side, last)))
         meter.gives(name + SCORES, "scale", meter.number(scale_of(node)))
     return wide
 

@@ -74,9 +74,7 @@ def words_from(precisions: Sequence[str], keep: Sequence[str], probe_steps: int 
 @cache
 def prober_digest() -> str:
     """Digest of the code that decides: a change in it can change what it keeps."""
-    import optimize.quantize
-
-    folder = Path(str(optimize.quantize.__file__)).parent
+    folder = Path(__file__).parent / "quantize"
     text = "".join((folder / name).read_text() for name in ("probe.py", "islands.py"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
