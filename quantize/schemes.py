@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from optimize.errors import InputError
 
@@ -62,13 +62,30 @@ SCHEMES: Mapping[str, Scheme] = {
 }
 
 
-def scheme_for(name: str, runtime: str, opset: int, sms: tuple[int, ...] = ()) -> Scheme:
-    """The scheme of that name. Raises InputError where the runtime, the opset or a GPU cannot run it."""
+def with_block(scheme: Scheme, block: int | None) -> Scheme:
+    """The scheme with another block size, which ONNX has from opset 21 on."""
+    if block is None or block == scheme.block:
+        return scheme
+    if scheme.activations or block < 0 or block & (block - 1) or 0 < block < 16:
+        able = [s.name for s in SCHEMES.values() if not s.activations]
+        raise InputError(
+            f"weights of {scheme.name} cannot share scales in blocks of {block}",
+            got=f"--block {block}",
+            expected=f"a power of two from 16 on, or 0 for a scale per channel, with {' or '.join(able)}",
+        )
+    return replace(scheme, block=block, least_opset=21 if block else scheme.least_opset)
+
+
+def scheme_for(name: str, runtime: str, opset: int, sms: tuple[int, ...] = (), block: int | None = None) -> Scheme:
+    """The scheme of that name; with `block` so many weights share a scale (0: a channel's).
+
+    Raises InputError where the runtime, the opset or a GPU cannot run it.
+    """
     if name not in SCHEMES:
         raise InputError(f"unknown scheme {name}", expected="one of " + ", ".join(SCHEMES))
     if runtime not in RUNTIMES:
         raise InputError(f"unknown runtime {runtime}", expected="one of " + ", ".join(RUNTIMES))
-    scheme = SCHEMES[name]
+    scheme = with_block(SCHEMES[name], block)
     able = [s.name for s in SCHEMES.values() if runtime in s.kinds]
     if runtime not in scheme.kinds:
         raise InputError(

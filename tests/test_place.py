@@ -184,6 +184,31 @@ def test_convolutions_become_integer_kernels(tmp_path: Path) -> None:
     assert receipt.kernels(path, p, tmp_path) == {"layer/Conv"}
 
 
+@pytest.mark.parametrize(("scheme", "block"), [("int8-weight", 16), ("int8-weight", 64), ("int4-weight", 128)])
+@pytest.mark.parametrize("k", [128, 77])
+def test_blocks_of_weights_share_a_scale(tmp_path: Path, scheme: str, block: int, k: int) -> None:
+    """Also where the last block is not full. More scales, a smaller error than one for each channel."""
+    model = linear(7, k, 96)
+    feeds = {"x": torch.from_numpy(normal(1, 7, k))}
+    rules = scheme_for(scheme, "onnxruntime", 23, block=block)
+    p = Placement(rules, "onnxruntime", "minmax", planned(sites_of(model), rules, "onnxruntime"))
+    path = written(model, p, tmp_path)
+    assert receipt.exported(path, p) == {"layer/MatMul"}
+    w, b = (model.graph.initializers[name].const_value.numpy() for name in "wb")  # type: ignore[union-attr]
+    fmt = FORMATS[rules.weights]
+    rounded = fake(w, spread(weight_scale(w, fmt, 1, block), w.shape, 1, block), fmt)
+    assert np.allclose(run(path, feeds, **{NO_QDQ: "1"}), feeds["x"].numpy() @ rounded + b, atol=1e-3)
+    assert np.allclose(run(path, feeds), feeds["x"].numpy() @ rounded + b, atol=0.05)
+
+
+def test_blocks_that_make_no_sense_are_refused() -> None:
+    for scheme, block in (("int8", 32), ("int8-weight", 7), ("int4-weight", -1)):
+        with pytest.raises(InputError, match="cannot share scales in blocks"):
+            scheme_for(scheme, "onnxruntime", 23, block=block)
+    with pytest.raises(InputError, match="opset 18"):
+        scheme_for("int8-weight", "onnxruntime", 18, block=32)
+
+
 @pytest.mark.parametrize("scheme", ["int8", "int8-weight", "int4-weight"])
 def test_weights_are_stored_in_few_bits(tmp_path: Path, scheme: str) -> None:
     model = linear(7, 256, 256)

@@ -197,6 +197,12 @@ def calibration_words(verb: argparse._ActionsContainer) -> None:
         "--method", default="mse", metavar="M", help="scales by minmax, percentile, entropy, mse (default)"
     )
     verb.add_argument("--keep-high", action="append", default=[], metavar="PATTERN", help="layers that stay (repeat)")
+    verb.add_argument(
+        "--block",
+        type=int,
+        metavar="N",
+        help="weights that share a scale, for int8-weight and int4-weight (0: a channel)",
+    )
     verb.add_argument("--no-smooth", action="store_true", help="leave out SmoothQuant")
     verb.add_argument(
         "--budget",
@@ -358,6 +364,7 @@ def calibration_of(args: argparse.Namespace) -> dict[str, Any]:
         smooth=not args.no_smooth,
         budgets=args.budget,
         keep=args.keep_high,
+        block=args.block,
     )
 
 

@@ -51,6 +51,7 @@ class Request:
     method: str = "mse"
     smooth: bool = True
     keep: tuple[str, ...] = ()
+    block: int | None = None
     budgets: tuple[str, ...] = ()
     sensitivity: bool = False
     trust_remote_code: bool = False
@@ -72,6 +73,7 @@ def request_from_words(
     method: str = "mse",
     smooth: bool = True,
     keep: Sequence[str] = (),
+    block: int | None = None,
     budgets: Sequence[str] = (),
     sensitivity: bool = False,
     targets: Sequence[str] = (),
@@ -85,7 +87,7 @@ def request_from_words(
 
     if scheme in SCHEMES and runtime is None:
         runtime = "tensorrt" if targets else next(iter(SCHEMES[scheme].kinds))
-    scheme_for(scheme, runtime or "onnxruntime", 23, tuple(sm_from_target(t)[1] for t in targets))
+    scheme_for(scheme, runtime or "onnxruntime", 23, tuple(sm_from_target(t)[1] for t in targets), block)
     if method not in METHODS:
         raise InputError(f"unknown calibration method {method}", expected="one of " + ", ".join(METHODS))
     if samples < 1:
@@ -103,6 +105,7 @@ def request_from_words(
         method,
         smooth,
         tuple(keep),
+        block,
         tuple(budgets),
         sensitivity,
         trust_remote_code,
@@ -275,7 +278,7 @@ def planned_sites(bundle: Bundle, base: Artifact, request: Request) -> list[Site
     from optimize.quantize.sites import planned, sites_of
 
     model = ir.load(bundle.path(base))
-    scheme = scheme_for(request.scheme, request.runtime, int(base.spec["opset"]))
+    scheme = scheme_for(request.scheme, request.runtime, int(base.spec["opset"]), block=request.block)
     found = planned(sites_of(model), scheme, request.runtime, request.keep)
     if not any(not s.stays for s in found):
         raise GateError(
@@ -305,6 +308,7 @@ def key_of(base: Artifact, request: Request) -> dict[str, str]:
         "method": request.method,
         "smooth": str(request.smooth),
         "keep": ", ".join(request.keep),
+        "block": str(request.block),
         "budget": ", ".join(request.budget),
         "quantizer": quantizer_digest(),
     }
@@ -394,11 +398,12 @@ def calibrated(work: Work) -> Placement:
 
     from optimize.quantize.calibrate import calibrate
     from optimize.quantize.place import Placement
-    from optimize.quantize.schemes import SCHEMES
+    from optimize.quantize.schemes import SCHEMES, with_block
     from optimize.quantize.smooth import candidates, smoothings
 
     request, start = work.request, time.perf_counter()
-    placement = Placement(SCHEMES[request.scheme], request.runtime, request.method, tuple(work.sites))
+    scheme = with_block(SCHEMES[request.scheme], request.block)
+    placement = Placement(scheme, request.runtime, request.method, tuple(work.sites))
     if placement.taps():
         assert work.samples is not None
         model = ir.load(work.path)
