@@ -79,6 +79,12 @@ def test_export_takes_a_scheme_as_a_precision(tmp_path: Path, capsys: pytest.Cap
     assert set(receipt_in(tmp_path / "b").model_dump()) >= {"found", "chosen", "calibrated", "exported", "kernels"}
 
 
+@pytest.mark.parametrize("words", [["--kernels"], ["--opset", "18", "--block", "32"]])
+def test_an_export_that_could_not_be_quantized_writes_nothing(tmp_path: Path, words: list[str]) -> None:
+    assert main(["export", "demo", "--precision", "int8-weight", "--out", str(tmp_path / "b"), *words]) == 2
+    assert not (tmp_path / "b").exists()
+
+
 def test_a_dry_run_shows_each_layer_and_writes_nothing(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = sorted(p for p in bundle.rglob("*"))
     words = ["quantize", str(bundle), "--component", COMPONENT, "--keep-high", "*mlp.fc2"]

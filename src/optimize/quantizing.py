@@ -200,9 +200,20 @@ def requests_for_export(
 ) -> list[Request]:
     """What `optimize export --precision int8 ...` asks of this verb: one request per scheme among the precisions."""
     from optimize.compile.spec import QUANTIZED
+    from optimize.quantize.schemes import scheme_for
 
     shared = {k: words[k] for k in ("components", "targets", "trust_remote_code") if k in words}
-    return [request_from_words(out, scheme=p, **shared, **quantization) for p in precisions if p in QUANTIZED]
+    found = [request_from_words(out, scheme=p, **shared, **quantization) for p in precisions if p in QUANTIZED]
+    for request in found:
+        scheme_for(request.scheme, request.runtime, words.get("opset", 23), block=request.block)
+        if words.get("kernels"):
+            raise InputError(
+                "graphs of our own operators are not quantized",
+                got=f"--kernels with --precision {request.scheme}",
+                expected="one of the two",
+                mend="export twice, into the same bundle",
+            )
+    return found
 
 
 def bases_for(requests: Iterable[Request]) -> list[str]:
