@@ -21,7 +21,7 @@ from optimize.errors import InputError
 
 from . import language, pipelines, synthetic
 from .fit import check_feeds
-from .recording import site_of_component
+from .recording import counted, site_of_component
 from .sets import (
     ABOUT,
     CalibrationSet,
@@ -260,7 +260,7 @@ def set_from_path(component: Component, path: Path) -> CalibrationSet:
             return read_set(folder, component.name)
     files = files_of(path)
     samples = tuple(sample for file in files for sample in samples_of(component, file))
-    return CalibrationSet(component.name, f"given: {path.name}, {len(samples)} samples", samples)
+    return CalibrationSet(component.name, f"given: {path.name}, {counted(samples)}", samples)
 
 
 def files_of(path: Path) -> list[Path]:

@@ -304,7 +304,7 @@ class Recording:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for writer in self._writers.values():
-            writer.how = f"recorded from {self.name}, {len(writer.notes)} samples"
+            writer.how = f"recorded from {self.name}, {counted(writer.notes)}"
         self._stack.__exit__(kind, error, trace)
         if kind is not None:
             return
@@ -320,6 +320,10 @@ class Recording:
                 expected="calls that its component can take",
                 mend="run the pipeline in the with block, or leave the component out",
             )
+
+
+def counted(samples: Sequence[object]) -> str:
+    return f"{len(samples)} sample{'s' * (len(samples) != 1)}"
 
 
 def check_new(folder: Path) -> None:
