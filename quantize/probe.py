@@ -113,14 +113,19 @@ TIMES: Mapping[str, Callable[[int, int], float]] = {
 """Kind of input -> its value at a step: noise first."""
 
 
-def weight_ranges(model: ir.Model) -> dict[str, Range]:
-    """The weights, by initializer, that fp16 cannot hold. They are read from the source, one at a time."""
-    found = {}
+def weight_ranges(model: ir.Model, path: Path) -> dict[str, Range]:
+    """The weights, by initializer, that fp16 cannot hold. Those of the graph at `path`, where they are in fp16, tell
+    which to look at in the source that `model` knows: one that became infinite, or small."""
+    written = ir.load(path).graph.initializers
+    found: dict[str, Range] = {}
     for name, value in model.graph.initializers.items():
         if isinstance(value.const_value, WeightTensor) and value.dtype == NARROW["fp16"] and value.const_value.size:
-            seen = tensor_range(value.const_value.weights.tensor(value.const_value.recipe.name))
-            if seen.overflows or seen.lost:
-                found[name] = seen
+            near = written[name].const_value
+            assert near is not None
+            half = tensor_range(torch.from_numpy(near.numpy().copy()))
+            if math.isinf(half.largest) or half.rms < LEAST_RMS:
+                seen = tensor_range(value.const_value.weights.tensor(value.const_value.recipe.name))
+                found |= {name: seen} if seen.overflows or seen.lost else {}
     return found
 
 

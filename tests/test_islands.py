@@ -205,8 +205,9 @@ def test_every_island_is_needed(name, opset, folders, tmp_path):
     """Without any one of them the graph, as a GPU stores its values, is not finite; with all of them it is."""
     component = component_of(folders[name], name)
     model, feeds = graph_of(component, opset), parity_feeds(component)
-    probe = probe_graph(saved(model.clone(), tmp_path / "plain"), feeds, WHOLE, lambda _: None)
-    kept = islands_of(model, "fp16", probe.ranges, (), weight_ranges(model))
+    plain = saved(model.clone(), tmp_path / "plain")
+    probe = probe_graph(plain, feeds, WHOLE, lambda _: None)
+    kept = islands_of(model, "fp16", probe.ranges, (), weight_ranges(model, plain))
     assert opset == 18 or {k.node for k in kept} == ISLANDS[name]
 
     def outputs(some):
@@ -414,7 +415,7 @@ def test_weights_that_fp16_cannot_hold(tmp_path):
     specs = [optimize.TensorSpec("x", ("n", 63))]
     component = optimize.Component.from_module(Net(), specs, ["y"], [optimize.Axis("n", 1, 7, 77)])
     model = graph_of(component)
-    weights = weight_ranges(model)
+    weights = weight_ranges(model, saved(model.clone(), tmp_path))
     assert set(weights) == {"up.weight", "down.weight"} and weights["up.weight"].largest == 1e5
     kept = islands_of(model, "fp16", {}, (), weights)
     assert [k.module for k in kept] == ["up", "down"]

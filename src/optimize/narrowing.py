@@ -155,7 +155,7 @@ def probed(
     from optimize.quantize.probe import parity_feeds, probe_graph, weight_ranges
 
     feeds, how = real_feeds(component, source, words.steps, plan, say)
-    weights = weight_ranges(model)
+    weights = weight_ranges(model, path)
     budget = plan.segment_bytes if plan.streamed else 1 << 62
     probe = probe_graph(path, [*parity_feeds(component), *feeds], budget, say, how=how, weights=weights)
     return Narrowing(islands_of(model, "fp16", probe.ranges, words.keep, weights), probe)
