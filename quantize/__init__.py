@@ -1,4 +1,4 @@
-"""Fewer bits with a known error. The room bears the name of the front door's verb: calling it is `optimize.quantize`."""
+"""Fewer bits with a known error. The room bears the front door's verb's name: calling it is `optimize.quantize`."""
 
 import sys
 from importlib import import_module

@@ -40,7 +40,7 @@ def dequantize(q: Array, scale: Array | float) -> Array:
 
 def scale_of(amax: Array | float, fmt: Format) -> Array:
     """fp32 scales that put magnitudes of `amax` at the format's largest number."""
-    return np.maximum(np.asarray(amax, np.float32) / np.float32(fmt.largest), np.float32(LEAST_SCALE))
+    return np.asarray(np.maximum(np.asarray(amax, np.float32) / np.float32(fmt.largest), np.float32(LEAST_SCALE)))
 
 
 def weight_scale(weight: Array, fmt: Format, axis: int, block: int = 0) -> Array:

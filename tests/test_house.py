@@ -145,7 +145,9 @@ def test_imports_with_the_heavy_packages_blocked(module: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("verb", ["", "export", "build", "verify", "evaluate", "record", "inspect", "targets", "doctor"])
+@pytest.mark.parametrize(
+    "verb", ["", "export", "build", "verify", "evaluate", "record", "inspect", "targets", "doctor"]
+)
 def test_help_answers_with_the_heavy_packages_blocked(verb: str) -> None:
     done = run_blocked(f"from optimize.tools.cli import main; main({[v for v in (verb, '--help') if v]!r})")
     assert done.returncode == 0, done.stderr
