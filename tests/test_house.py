@@ -112,6 +112,7 @@ LIGHT = [
     "optimize.errors",
     "optimize.progress",
     "optimize.exporting",
+    "optimize.making",
     "optimize.loading",
     "optimize.recording",
     "optimize.quantizing",

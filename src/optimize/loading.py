@@ -242,8 +242,8 @@ def verify_onnx(
 ) -> Verification:
     import onnx
 
-    from optimize.exporting import memory_errors
     from optimize.gate import parity_of_onnx, plan_for, refusals
+    from optimize.making import memory_errors
     from optimize.profiles import parity
 
     if artifact.receipt is not None:
@@ -290,7 +290,8 @@ def build(
     Raises InputError for unknown targets and components, MissingError where no TensorRT serves a target.
     """
     from optimize.compile.bundle import Bundle
-    from optimize.exporting import build_engines, choose, request_from_words
+    from optimize.exporting import choose, request_from_words
+    from optimize.making import build_engines
 
     old = Bundle.read(Path(folder))
     choose("component", components, old.manifest.components)

@@ -337,8 +337,9 @@ def quantizer_digest() -> str:
 
 def quantize_component(bundle: Bundle, name: str, request: Request, progress: Progress) -> None:
     """Calibrate, place, prove, count, adopt. What the bundle has already and nothing changed is kept."""
-    from optimize.exporting import adopt, step_for
+    from optimize.exporting import step_for
     from optimize.loading import component_of
+    from optimize.making import adopt
     from optimize.receipts import proof, receipt_of
 
     base = base_of(bundle, name, request)[0]
