@@ -9,8 +9,6 @@ Every export is a process of its own. A figure is kept only where the round's gr
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import platform
 import random
 import shutil
@@ -26,14 +24,10 @@ from typing import Any
 from optimize.errors import InputError, MissingError, OptimizeError
 from optimize.tools import bench_machine, bench_record
 from optimize.tools.bench_cases import ALL, CASES, Case
+from optimize.tools.bench_machine import WORKER, WorkerFailed, run_worker
 
-WORKER = Path(__file__).resolve().with_name("bench_workers.py")
 ROOT = WORKER.parents[1]
 HELP_RUNS = 10  # of each command, in each round
-
-
-class WorkerFailed(Exception):
-    """A worker ended without a result; the text is the last line of what it said."""
 
 
 @dataclass
@@ -51,25 +45,11 @@ class Bench:
 
     def worker(self, side: str, folder: Path, **words: Any) -> dict[str, Any]:
         """Runs one job in a process of its own. Raises WorkerFailed."""
-        python = self.optimum if side == "optimum" else Path(sys.executable)
-        folder.mkdir(parents=True, exist_ok=True)
+        python = self.optimum if side == "optimum" and self.optimum else Path(sys.executable)
         job = {"side": side, "folder": str(folder), "precision": self.case.precision, **words}
-        start = time.perf_counter()
-        done = subprocess.run(
-            [str(python), "-P", str(WORKER)],
-            input=json.dumps(job),
-            capture_output=True,
-            text=True,
-            check=False,
-            env={**os.environ, "OPTIMIZE_CACHE": str(folder / "cache")},
-        )
-        seconds = time.perf_counter() - start
-        if done.returncode:
-            last = (done.stderr or done.stdout or "silent").strip().splitlines()[-1]
-            raise WorkerFailed(f"exit code {done.returncode}: {last[:300].replace(str(self.work), '')}")
-        result: dict[str, Any] = json.loads((folder / "result.json").read_text())
+        result = run_worker(job, python, self.work)
         self.versions["optimum" if side == "optimum" else "ours"] = result.pop("versions")
-        return {**result, "process_s": seconds}
+        return result
 
 
 # --- rounds ----------------------------------------------------------------------------------------------------------
@@ -258,7 +238,9 @@ def parser() -> argparse.ArgumentParser:
 def run(args: argparse.Namespace) -> None:
     if args.rounds < 1:
         raise InputError("no rounds", got=args.rounds, expected="--rounds 1 or more")
-    optimum = bench_machine.make_optimum_env(args.make_optimum_env) if args.make_optimum_env else args.optimum_python
+    optimum = args.optimum_python
+    if args.make_optimum_env:
+        optimum = bench_machine.make_env(args.make_optimum_env, bench_machine.OPTIMUM_ENV)
     if optimum is not None and not optimum.exists():
         raise MissingError("--optimum-python is not there", got=optimum, mend="make it: --make-optimum-env DIR")
     with tempfile.TemporaryDirectory(prefix="bench-export-") as temporary:

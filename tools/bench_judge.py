@@ -181,6 +181,15 @@ def count(nodes: Iterable[Any]) -> dict[str, int]:
     return found
 
 
+def external_files(model: onnx.ModelProto) -> set[str]:
+    return {e.value for t in model.graph.initializer for e in t.external_data if e.key == "location"}
+
+
+def bytes_of_graph(path: Path, files: Iterable[str]) -> int:
+    """Of the graph and the files that its weights lie in, which are beside it."""
+    return path.stat().st_size + sum((path.parent / f).stat().st_size for f in files)
+
+
 def facts_of_graph(path: Path) -> dict[str, Any]:
     """Nodes, opset, bytes on disk, and a digest of nodes and weights: equal digests mean the same network.
 
@@ -191,10 +200,9 @@ def facts_of_graph(path: Path) -> dict[str, Any]:
     digest = hashlib.sha256()
     for node in model.graph.node:
         digest.update(node.SerializeToString(deterministic=True))
-    files = set()
+    files = external_files(model)
     for tensor in model.graph.initializer:
         digest.update(f"{tensor.name}{tensor.data_type}{list(tensor.dims)}".encode() + tensor.raw_data)
-        files |= {e.value for e in tensor.external_data if e.key == "location"}
     for name in sorted(f for f in files if f.endswith(".safetensors")):
         with (path.parent / name).open("rb") as file:
             file.seek(int.from_bytes(file.read(8), "little"), os.SEEK_CUR)
@@ -205,7 +213,7 @@ def facts_of_graph(path: Path) -> dict[str, Any]:
         "nodes": sum(kinds.values()),
         "constant_nodes": constants,
         "opset": model.opset_import[0].version,
-        "file_bytes": path.stat().st_size + sum((path.parent / f).stat().st_size for f in files),
+        "file_bytes": bytes_of_graph(path, files),
         "files": 1 + len(files),
         "digest": digest.hexdigest(),
     }

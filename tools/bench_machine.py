@@ -1,21 +1,25 @@
-"""The machine under a benchmark: what a record says of it, and the environment that optimum-onnx needs on it."""
+"""The machine under a benchmark: what a record says of it, its workers, and the environments that others need on it."""
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import resource
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from optimize.errors import MissingError
 
 BUSY = 0.05  # share of the machine's time that other processes may take before a record says so
+WORKER = Path(__file__).resolve().with_name("bench_workers.py")
+TORCH = ("torch==2.13.0",)  # first and alone: with it in place nothing pulls torch's CUDA packages
 OPTIMUM_ENV = (
-    ("torch==2.13.0",),  # first and alone: with it in place nothing pulls torch's CUDA packages
+    TORCH,
     (
         "transformers==4.57.6",
         "diffusers==0.39.0",
@@ -26,6 +30,24 @@ OPTIMUM_ENV = (
         "accelerate==1.15.0",
     ),
 )
+MODELOPT_ENV = (
+    TORCH,
+    (
+        "nvidia-modelopt==0.47.0",
+        "onnx==1.23.2",
+        "onnxruntime==1.31.1",
+        "onnxscript==0.7.2",
+        "onnx-graphsurgeon==0.6.1",
+        "onnxslim==0.1.98",
+        "onnxconverter-common==1.16.0",
+        "lief==1.0.0",
+        "cppimport==26.4.17",
+    ),
+)
+
+
+class WorkerFailed(Exception):
+    """A worker ended without a result; the text is the last line of what it said."""
 
 
 def say(text: str) -> None:
@@ -84,11 +106,35 @@ def commit(root: Path) -> dict[str, Any]:
     return {"revision": git("rev-parse", "HEAD") or "unknown", "changed": changed}
 
 
-def make_optimum_env(folder: Path) -> Path:
-    """A virtual environment with the versions of optimum-onnx and its libraries that live together."""
+def run_worker(job: Mapping[str, Any], python: Path | str = sys.executable, hide: Path | None = None) -> dict[str, Any]:
+    """One job of `bench_workers` in a process of its own, its cache in the job's folder.
+
+    Raises WorkerFailed, whose text does not name the folder `hide`.
+    """
+    folder = Path(job["folder"])
+    folder.mkdir(parents=True, exist_ok=True)
+    start = time.perf_counter()
+    done = subprocess.run(
+        [str(python), "-P", str(WORKER)],
+        input=json.dumps(job),
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "OPTIMIZE_CACHE": str(folder / "cache")},
+    )
+    seconds = time.perf_counter() - start
+    if done.returncode:
+        last = (done.stderr or done.stdout or "silent").strip().splitlines()[-1]
+        raise WorkerFailed(f"exit code {done.returncode}: {last[:300].replace(str(hide or folder), '')}")
+    result: dict[str, Any] = json.loads((folder / "result.json").read_text())
+    return {**result, "process_s": seconds}
+
+
+def make_env(folder: Path, env: tuple[tuple[str, ...], ...]) -> Path:
+    """A virtual environment with versions that live together; gives its Python."""
     python = folder / "bin" / "python"
     commands: list[list[str]] = [[sys.executable, "-m", "venv", str(folder)]]
-    commands += [[str(python), "-m", "pip", "install", *packages] for packages in OPTIMUM_ENV]
+    commands += [[str(python), "-m", "pip", "install", *packages] for packages in env]
     for command in commands:
         say(" ".join(command[1:]))
         if subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode:

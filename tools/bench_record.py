@@ -30,6 +30,9 @@ class Goal(NamedTuple):
 
 
 GOALS: Mapping[str, Goal] = {
+    "C1": Goal(0.50, 0.33, 0.28),
+    "C2": Goal(0.80, 0.40, 0.33),
+    "C3": Goal(0.50, 0.36, 0.33),
     "C4": Goal(1.02, 0.95, 0.85),
     "C5": Goal(0.8, 0.40, 0.25),
     "C6": Goal(1.5, 0.9, 0.6),

@@ -1,4 +1,4 @@
-"""One process of `bench_export`: one export, one judgement, or one model folder, and what it cost.
+"""One process of `bench_export` or `bench_quantize`: one export, one quantization, one judgement, and what it cost.
 
 A process of its own makes its peak memory honest. The job comes as JSON on stdin and the result goes as JSON into the
 job's folder. Only the standard library is imported here, and `optimize` only by the jobs that need it, because the
@@ -11,6 +11,7 @@ import contextlib
 import importlib
 import importlib.metadata
 import json
+import shutil
 import sys
 import threading
 import time
@@ -30,6 +31,7 @@ PACKAGES = (
     "onnxruntime-gpu",
     "optimum",
     "optimum-onnx",
+    "nvidia-modelopt",
 )
 
 
@@ -49,6 +51,8 @@ class Job(NamedTuple):
     order: tuple[str, ...] = ()
     runs: int = 3
     memory: int | None = None
+    samples: str = ""
+    words: Mapping[str, Any] = {}
 
     @property
     def out(self) -> Path:
@@ -102,9 +106,9 @@ class Watch:
 # --- the exports -----------------------------------------------------------------------------------------------------
 
 
-def export_with(name: str) -> Callable[[Job, Any], dict[str, Any]]:
-    """Our own exports, from a module of the package, which optimum's environment has not."""
-    return lambda job, _: dict(getattr(importlib.import_module(OUR_EXPORTS), name)(job))
+def export_with(name: str, module: str = "optimize.tools.bench_ours") -> Callable[[Job, Any], dict[str, Any]]:
+    """What is done by a module of the package, which the environments of others have not."""
+    return lambda job, _: dict(getattr(importlib.import_module(module), name)(job))
 
 
 def loaded_unet(job: Job) -> Any:
@@ -200,10 +204,53 @@ def export_optimum(job: Job, model: Any) -> dict[str, Any]:
     return {"graph": "model.onnx"}
 
 
+class Reader:
+    """The samples of a calibration set as ONNX Runtime's quantizer and Model-Optimizer's want them."""
+
+    def __init__(self, folder: str) -> None:
+        self.files = sorted(Path(folder).glob("*.safetensors"))
+        self.rewind()
+
+    def rewind(self) -> None:
+        self.left = iter(self.files)
+
+    def get_next(self) -> dict[str, Any] | None:
+        from safetensors.numpy import load_file
+
+        file = next(self.left, None)
+        return None if file is None else dict(load_file(file))
+
+    def get_first(self) -> dict[str, Any] | None:
+        self.rewind()
+        first = self.get_next()
+        self.rewind()
+        return first
+
+
+def quantize_modelopt(job: Job, _: Any) -> dict[str, Any]:
+    """Model-Optimizer's ONNX path with its defaults; what stays high is fp32, because a CPU runs it. It writes beside
+    the graph, which therefore is a copy."""
+    from modelopt.onnx.quantization import quantize  # type: ignore[import-not-found]  # in an environment of its own
+
+    base = Path(job.model)
+    copy = Path(shutil.copytree(base.parent, job.out / "base")) / base.name
+    quantize(
+        str(copy),
+        quantize_mode="int8",
+        calibration_data_reader=Reader(job.samples),
+        calibration_eps=["cpu"],
+        high_precision_dtype="fp32",
+        use_external_data_format=bool(job.words["large"]),
+        output_path=str(job.out / "model.onnx"),
+    )
+    shutil.rmtree(copy.parent)
+    return {"graph": "model.onnx"}
+
+
 UNET = "diffusers.models.unets.unet_2d_condition"
-OUR_EXPORTS = "optimize.tools.bench_ours"
+QUANTIZERS = "optimize.tools.bench_quantizers"
 OURS = (
-    OUR_EXPORTS,
+    "optimize.tools.bench_ours",
     "torch",
     "torch._dynamo",
     UNET,
@@ -238,6 +285,18 @@ SIDES: Mapping[str, Side] = {
     "dynamo-opset23": Side(DYNAMO, loaded_unet, lambda job, model: export_dynamo(job, model, 23)),
     "torchscript": Side((*PEERS, "torch.onnx"), loaded_unet, export_torchscript),
     "optimum": Side((*PEERS, "optimum.exporters.onnx", OPTIMUM_CONFIGS), loaded_unet, export_optimum),
+    "quantize-modelopt": Side(("onnx", "onnxruntime", "modelopt.onnx.quantization"), lambda _: None, quantize_modelopt),
+    **{
+        name: Side(("torch", "onnx", "onnxruntime", QUANTIZERS), lambda _: None, export_with(job, QUANTIZERS))
+        for name, job in (
+            ("quantize-base", "base"),
+            ("quantize-ours", "quantized"),
+            ("quantize-instance-norms", "instance_norms"),
+            ("quantize-dynamo", "dynamo"),
+            ("quantize-ort-static", "ort_static"),
+            ("quantize-ort-dynamic", "ort_dynamic"),
+        )
+    },
 }
 
 
@@ -290,9 +349,9 @@ def main() -> None:
     if job.side in SIDES:
         result = measured(job)
     else:
-        from optimize.tools import bench_judge
+        from optimize.tools import bench_judge, bench_pairs
 
-        result = bench_judge.JOBS[job.side](job)
+        result = {**bench_judge.JOBS, **bench_pairs.JOBS}[job.side](job)
     (job.out / "result.json").write_text(json.dumps({**result, "versions": versions()}))
 
 

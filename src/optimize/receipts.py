@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,12 +12,17 @@ from typing import TYPE_CHECKING, Any
 from optimize.errors import GateError
 
 if TYPE_CHECKING:
+    import torch
+
     from optimize.compile.bundle import Bundle
     from optimize.compile.records import Artifact, Latency, Parity, Quality, Receipt
+    from optimize.compile.runners import Feeds
     from optimize.compile.spec import Component
     from optimize.quantize.place import Placement
     from optimize.quantize.sites import Site
     from optimize.quantizing import Work
+
+    Infer = Callable[[Feeds], dict[str, torch.Tensor]]
 
 FLOOR_DB = 10.0
 """Random feeds lie outside of what was calibrated. A right graph is far above this there, a wrong one below 0."""
@@ -40,14 +46,19 @@ def simulation(scheme: str) -> dict[str, str]:
 
 def quality_of(work: Work, path: Path) -> list[Quality]:
     """Every output that is a float against the base artifact's, over the held-out samples."""
+    assert work.held_out is not None
+    base, few = session(work.path), session(path, **simulation(work.request.scheme))
+    return compared(base.run, few.run, work.held_out)
+
+
+def compared(base: Infer, few: Infer, samples: Iterable[Feeds]) -> list[Quality]:
+    """Every output of `base` that is a float, and the same of `few`, over the samples."""
     from optimize.compile.records import Quality
     from optimize.quantize.measures import cosine, psnr, snr
 
-    assert work.held_out is not None
-    base, few = session(work.path), session(path, **simulation(work.request.scheme))
     figures: dict[str, list[tuple[float, float, float]]] = {}
-    for feeds in work.held_out:
-        exact, got = base.run(feeds), few.run(feeds)
+    for feeds in samples:
+        exact, got = base(feeds), few(feeds)
         for name, tensor in exact.items():
             if tensor.is_floating_point() and tensor.numel():
                 pair = got[name], tensor
