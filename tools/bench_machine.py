@@ -47,7 +47,7 @@ MODELOPT_ENV = (
 
 
 class WorkerFailed(Exception):
-    """A worker ended without a result; the text is the last line of what it said."""
+    """A worker ended without a result; the text is the last thing that it said."""
 
 
 def say(text: str) -> None:
@@ -106,7 +106,9 @@ def commit(root: Path) -> dict[str, Any]:
     return {"revision": git("rev-parse", "HEAD") or "unknown", "changed": changed}
 
 
-def run_worker(job: Mapping[str, Any], python: Path | str = sys.executable, hide: Path | None = None) -> dict[str, Any]:
+def run_worker(
+    job: Mapping[str, Any], python: Path | str = sys.executable, hide: Path | None = None, env: Mapping[str, str] = {}
+) -> dict[str, Any]:
     """One job of `bench_workers` in a process of its own, its cache in the job's folder.
 
     Raises WorkerFailed, whose text does not name the folder `hide`.
@@ -120,14 +122,21 @@ def run_worker(job: Mapping[str, Any], python: Path | str = sys.executable, hide
         capture_output=True,
         text=True,
         check=False,
-        env={**os.environ, "OPTIMIZE_CACHE": str(folder / "cache")},
+        env={**os.environ, **env, "OPTIMIZE_CACHE": str(folder / "cache")},
     )
     seconds = time.perf_counter() - start
     if done.returncode:
-        last = (done.stderr or done.stdout or "silent").strip().splitlines()[-1]
-        raise WorkerFailed(f"exit code {done.returncode}: {last[:300].replace(str(hide or folder), '')}")
+        last = last_words(done.stderr or done.stdout or "silent")
+        raise WorkerFailed(f"exit code {done.returncode}: {last.replace(str(hide or folder), '')[:300]}")
     result: dict[str, Any] = json.loads((folder / "result.json").read_text())
     return {**result, "process_s": seconds}
+
+
+def last_words(text: str) -> str:
+    """The last line that is not indented, with those that are and follow: an exception's name and its text."""
+    lines = text.strip().splitlines()
+    begin = max((i for i, line in enumerate(lines) if not line[:1].isspace()), default=0)
+    return "; ".join(line.strip() for line in lines[begin:])
 
 
 def make_env(folder: Path, env: tuple[tuple[str, ...], ...]) -> Path:
