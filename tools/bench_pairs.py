@@ -149,7 +149,7 @@ def embedded(infer: Infer, component: Component, tokenizer: Any, sentences: Sequ
 
 def rank(job: Job) -> dict[str, Any]:
     """Spearman's correlation of all pairs' similarities, base and each graph."""
-    from scipy.stats import spearmanr
+    from torchmetrics.functional.regression import spearman_corrcoef
 
     from optimize.quantize.language import tokenizer_of
 
@@ -161,10 +161,10 @@ def rank(job: Job) -> dict[str, Any]:
         for side, path in {"base": job.model, **job.graphs}.items():
             with graph_of(path, 0) as infer:
                 rows = embedded(infer, component, tokenizer, sentences)
-            similar[side] = (rows @ rows.T)[pairs[0], pairs[1]].numpy()
+            similar[side] = (rows @ rows.T)[pairs[0], pairs[1]]
         found[kind] = {
             "sentences": len(sentences),
-            "spearman": {s: float(spearmanr(similar["base"], v).statistic) for s, v in similar.items() if s != "base"},
+            "spearman": {s: float(spearman_corrcoef(v, similar["base"])) for s, v in similar.items() if s != "base"},
         }
     return found
 

@@ -57,7 +57,7 @@ def quantized(job: Job) -> dict[str, Any]:
     """`optimize.quantize` as users have it, its proof, its figures and its latencies included."""
     words = job.words
     root = Path(job.words["bundle"])
-    quantize(root, scheme=words["scheme"], samples=words["samples"], budgets=words["budgets"])  # type: ignore[operator]
+    quantize(root, scheme=words["scheme"], samples=words["samples"], budgets=words["budgets"])
     artifact = artifact_of(Bundle.read(root), words["scheme"])
     receipt = artifact.receipt
     assert receipt is not None
