@@ -21,7 +21,7 @@ from optimize.errors import InputError
 from .calibrate import Calibration
 from .scales import Array, amax_of, quantize, scale_of, spread, weight_scale
 from .schemes import FORMATS, Format, Scheme
-from .sites import Site
+from .sites import Site, initializer
 from .smooth import Smoothing
 
 
@@ -136,7 +136,10 @@ class Builder:
             return
         if self.p.scheme.activations == "static":
             self.through(node, 0, s.activation)
+        turn = node.inputs[1].producer() if node.inputs[1] is not None else None
         node.replace_input_with(1, self.weight(node, s))
+        if turn is not None and not any(o.uses() for o in turn.outputs):
+            self.graph.remove(turn, safe=True)  # of a tied table
         if quantizes_output(self.p, s):
             self.after(node, s)
         if self.p.scheme.activations and self.p.runtime == "onnxruntime" and s.kind == "linear":
@@ -276,15 +279,17 @@ class Builder:
     def compensate(self, node: ir.Node, s: Site) -> None:
         """A layer that stays high beside quantized ones: its weights take up what its smoothed input lost."""
         value, divisor = node.inputs[1], self.smoothed(s)
-        assert value is not None and value.const_value is not None and divisor is not None
-        tensor, vector = value.const_value, divisor if s.axis == 0 else divisor[:, None]
+        tensor = self.graph.initializers[s.weight].const_value
+        assert value is not None and tensor is not None and divisor is not None
+        vector, turned = divisor if s.axis == 0 else divisor[:, None], not initializer(value)
         dtype, name = tensor.dtype, f"{self.fresh(s.weight)}.smoothed"
 
         def make() -> Array:
             array = tensor.numpy()
-            return (array.astype(np.float32) * vector).astype(array.dtype)
+            made = (array.astype(np.float32) * vector).astype(array.dtype)
+            return made.T if turned else made
 
-        shape = [int(d) for d in tensor.shape.numpy()]
+        shape = [int(d) for d in tensor.shape.numpy()][:: -1 if turned else 1]
         node.replace_input_with(1, self.register(name, QuantizedWeight(name, dtype, shape, make)))
 
     def as_matmul(self, node: ir.Node, s: Site) -> ir.Node:

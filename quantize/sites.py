@@ -98,6 +98,11 @@ def all_sites(model: ir.Model) -> Iterator[Site]:
 
 def weighted(node: ir.Node, x: ir.Value, w: ir.Value) -> Iterator[Site]:
     kind = "conv" if "Conv" in node.op_type else "linear"
+    tied = tied_weight(w) if node.op_type == "MatMul" else None
+    if tied is not None and tied.shape is not None:
+        out, rows = (int(d) for d in tied.shape.numpy())
+        yield site(node, kind, x, tied, 0, out * rows)
+        return
     if not initializer(w):
         yield site(node, kind, x, None, -1, 0, "a product of two activations: no runtime here has int8 kernels for it")
         return
@@ -126,6 +131,15 @@ def weighted(node: ir.Node, x: ir.Value, w: ir.Value) -> Iterator[Site]:
         if node.attributes.get_int("transA", 0) or not plain:
             stays = "a Gemm with factors of its own"
     yield site(node, kind, x, w, axis, count, stays)
+
+
+def tied_weight(w: ir.Value) -> ir.Value | None:
+    """The table of embeddings that a language model's head reads turned round."""
+    turn = w.producer()
+    if turn is None or turn.op_type != "Transpose" or not initializer(turn.inputs[0]):
+        return None
+    table = turn.inputs[0]
+    return table if table is not None and table.shape is not None and len(table.shape) == 2 else None
 
 
 def site(node: ir.Node, kind: str, x: ir.Value, w: ir.Value | None, axis: int, weights: int, stays: str = "") -> Site:

@@ -248,6 +248,33 @@ def test_a_gemm_becomes_a_product_and_a_sum(tmp_path: Path, scheme: str, batch: 
     assert np.linalg.norm(run(path, feeds) - exact) / np.linalg.norm(exact) < 0.02
 
 
+@pytest.mark.parametrize("scheme", ["int8", "int8-dynamic", "int8-weight", "int4-weight"])
+def test_a_head_that_reads_the_table_of_embeddings_is_a_layer_too(tmp_path: Path, scheme: str) -> None:
+    """The table itself stays as it is for those who gather from it."""
+    nodes = [
+        helper.make_node("Gather", ["w", "ids"], ["x"], name="wte/Gather"),
+        helper.make_node("Transpose", ["w"], ["t"], name="head/Transpose", perm=[1, 0]),
+        helper.make_node("MatMul", ["x", "t"], ["y"], name="head/MatMul"),
+    ]
+    values = [helper.make_tensor_value_info("ids", TensorProto.INT64, [1, 7])]
+    outputs = [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)]
+    table = numpy_helper.from_array(normal(96, 64), "w")
+    plain = helper.make_model(
+        helper.make_graph(nodes, "g", values, outputs, [table]),
+        opset_imports=[helper.make_opsetid("", 23)],
+        ir_version=10,
+    )
+    made = ir.from_proto(onnx.shape_inference.infer_shapes(plain))
+    feeds = {"ids": torch.arange(7)[None]}
+    p = placement(made, scheme, "onnxruntime", [feeds])
+    assert [s.name for s in p.chosen()] == ["head/MatMul"]
+    path = written(made, p, tmp_path)
+    assert receipt.exported(path, p) == receipt.kernels(path, p, tmp_path) == {"head/MatMul"}
+    exact = run_plain(made, feeds)
+    error = np.linalg.norm(run(path, feeds) - exact) / np.linalg.norm(exact)
+    assert error < (0.2 if scheme == "int4-weight" else 0.02)
+
+
 def test_smoothing_changes_nothing_but_the_rounding(tmp_path: Path) -> None:
     """A channel that is 50 times larger than the others: without smoothing it takes all the steps."""
     nodes = [
