@@ -13,7 +13,7 @@ $(READY): pyproject.toml constraints.txt CMakeLists.txt
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || { echo "needs Python >= 3.11: make PYTHON=python3.12"; exit 3; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) torch
-	$(PIP) triton -e ".[onnxruntime-gpu,tensorrt-rtx,netron,quality,dev]"
+	$(PIP) triton -e ".[onnxruntime-gpu,tensorrt-rtx,netron,quality,profile,wandb,dev]"
 	sh tools/install_browser.sh
 	touch $(READY)
 
