@@ -1,4 +1,6 @@
-"""Runners: context managers with one method, `infer(feeds) -> outputs`, torch tensors by name on both sides."""
+"""Runners: context managers that take and give torch tensors by name, `infer(feeds) -> outputs`, without copies where
+the backend can. `bind(feeds)` gives a function that runs once on these feeds: what a measurement calls.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +14,7 @@ from typing import Any, Protocol, Self
 import numpy as np
 import torch
 from torch.overrides import TorchFunctionMode
+from torch.utils.dlpack import from_dlpack
 
 from optimize.errors import InputError, MissingError
 from optimize.kernels.functions import DOMAIN
@@ -23,16 +26,21 @@ from .trace import cast
 from .wide import WideHalf, WideRange, weight_in
 
 Feeds = Mapping[str, torch.Tensor]
+Bound = Callable[[], dict[str, torch.Tensor]]
 
 
 class Runner(Protocol):
-    """`with runner: outputs = runner.infer(feeds)`. Outputs live as long as the caller keeps them."""
+    """`with runner: outputs = runner.infer(feeds)`. Outputs live as long as the caller keeps them.
+
+    Those of a bound run may lie in the same memory as those of its next one.
+    """
 
     name: str
 
     def __enter__(self) -> Self: ...
     def __exit__(self, *error: Any) -> None: ...
     def infer(self, feeds: Feeds) -> dict[str, torch.Tensor]: ...
+    def bind(self, feeds: Feeds) -> Bound: ...
 
 
 def check_names(feeds: Feeds, expected: Sequence[str]) -> None:
@@ -96,9 +104,16 @@ class EagerRunner:
     name = "eager"
 
     def __init__(
-        self, component: Component, precision: str = "fp32", *, streamed: bool = False, wide: bool = False
+        self,
+        component: Component,
+        precision: str = "fp32",
+        *,
+        streamed: bool = False,
+        wide: bool = False,
+        device: str = "cpu",
     ) -> None:
         self.component, self.precision, self.streamed, self.wide = component, precision, streamed, wide
+        self.device = device
         self._module: torch.nn.Module | None = None
 
     def __enter__(self) -> Self:
@@ -106,7 +121,7 @@ class EagerRunner:
             return_large_blocks()
             self._module = streamed_module(self.component, self.precision, wide=self.wide)
         else:
-            self._module = loaded_module(self.component, self.precision, self.wide)
+            self._module = loaded_module(self.component, self.precision, self.wide).to(self.device)
         return self
 
     def __exit__(
@@ -131,9 +146,14 @@ class EagerRunner:
                 results += [self.infer(f) for f in group]
         return results
 
+    def bind(self, feeds: Feeds) -> Bound:
+        """torch's own kernels alone: without `HalfProducts`, which only `infer` uses."""
+        assert self._module is not None, "use the runner in a with statement"
+        return bound_module(self._module, self.component, feeds, self.device)
+
     def called(self, module: torch.nn.Module, feeds: Feeds) -> dict[str, torch.Tensor]:
         check_names(feeds, [t.name for t in self.component.inputs])
-        given = [feeds[t.name] for t in self.component.inputs]
+        given = [feeds[t.name].to(self.device) for t in self.component.inputs]
         if self.wide:
             with torch.no_grad(), WideRange():
                 outputs = [t.wide if isinstance(t, WideHalf) else t for t in module(*given)]
@@ -141,6 +161,20 @@ class EagerRunner:
             with torch.inference_mode(), HalfProducts():
                 outputs = module(*given)
         return dict(zip(self.component.outputs, outputs, strict=True))
+
+
+def bound_module(
+    module: Callable[..., Sequence[torch.Tensor]], component: Component, feeds: Feeds, device: str
+) -> Bound:
+    """One call of `module` with a component's inputs in order, on its device already."""
+    check_names(feeds, [t.name for t in component.inputs])
+    given = [feeds[t.name].to(device) for t in component.inputs]
+
+    def run() -> dict[str, torch.Tensor]:
+        with torch.inference_mode():
+            return dict(zip(component.outputs, module(*given), strict=True))
+
+    return run
 
 
 # --- ONNX Runtime ----------------------------------------------------------------------------------------------------
@@ -155,11 +189,29 @@ NUMPY_OF_ORT = {
 }
 
 
-class OnnxRuntimeRunner:
-    """ONNX Runtime on one provider. A session that would put a node elsewhere is refused.
+TORCH_OF_ORT = {kind: torch.from_numpy(np.empty(0, numpy)).dtype for kind, numpy in NUMPY_OF_ORT.items()} | {
+    "tensor(bfloat16)": torch.bfloat16
+}
+ONNX_OF_TORCH = {
+    torch.float32: 1,
+    torch.int32: 6,
+    torch.int64: 7,
+    torch.bool: 9,
+    torch.float16: 10,
+    torch.float64: 11,
+    torch.bfloat16: 16,
+}
+"""torch type -> number of the type in ONNX's TensorProto."""
+CPU = "CPUExecutionProvider"
 
-    A graph with nodes of `ai.optimize` runs on the native library where that was built (`native=None`), on it or not at
-    all (True: MissingError without it), or by the functions' bodies (False). `entries` are session options by name.
+
+class OnnxRuntimeRunner:
+    """ONNX Runtime on one provider. A session that would put a node elsewhere is refused, with the nodes' names.
+
+    Inputs and outputs are bound where they lie: nothing is copied. A graph with nodes of `ai.optimize` runs on the
+    native library where that was built (`native=None`), on it or not at all (True: MissingError without it), or by the
+    functions' bodies (False). `entries` are session options by name; `trace` is a file (without its end) that ONNX
+    Runtime writes its own profile to.
     """
 
     name = "onnxruntime"
@@ -167,16 +219,21 @@ class OnnxRuntimeRunner:
     def __init__(
         self,
         path: Path,
-        provider: str = "CPUExecutionProvider",
+        provider: str = CPU,
         *,
         threads: int = 0,
         optimize: bool = True,
         native: bool | None = None,
         entries: Mapping[str, str] = {},
+        trace: Path | None = None,
     ) -> None:
-        self.entries = entries
+        self.entries, self.trace = entries, trace
         self.path, self.provider, self.threads, self.optimize, self.native = path, provider, threads, optimize, native
         self._session: Any = None
+
+    @property
+    def device(self) -> str:
+        return "cpu" if self.provider == CPU else "cuda"
 
     def __enter__(self) -> Self:
         if importlib.util.find_spec("onnxruntime") is None:
@@ -187,22 +244,33 @@ class OnnxRuntimeRunner:
             raise MissingError(
                 f"ONNX Runtime has no {self.provider} here", got=", ".join(ort.get_available_providers())
             )
+        self._session = ort.InferenceSession(str(self.path), self.options(ort), providers=self.providers())
+        check_placement(self._session, self.provider, self.path)
+        return self
+
+    def providers(self) -> list[Any]:
+        if self.device == "cpu":
+            return [self.provider]
+        stream = str(torch.cuda.current_stream().cuda_stream)  # torch's own, so that its events see the work
+        return [(self.provider, {"user_compute_stream": stream})]
+
+    def options(self, ort: Any) -> Any:
         options = ort.SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads = self.threads
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        options.add_session_config_entry(PLACEMENT, "1")
         for key, value in self.entries.items():
             options.add_session_config_entry(key, value)
         if not self.optimize:
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        if self.trace is not None:
+            options.enable_profiling, options.profile_file_prefix = True, str(self.trace)
         if self.native is not False and uses_kernels(self.path):
             library = native_library(self.provider, required=self.native is True)
             if library is not None:
                 options.register_custom_ops_library(str(library))
-        self._session = ort.InferenceSession(str(self.path), options, providers=[self.provider])
-        if self._session.get_providers()[0] != self.provider:
-            raise MissingError(f"ONNX Runtime fell back from {self.provider}", got=self._session.get_providers())
-        return self
+        return options
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -210,15 +278,89 @@ class OnnxRuntimeRunner:
         self._session = None
 
     def infer(self, feeds: Feeds) -> dict[str, torch.Tensor]:
+        return self.bind(feeds)()
+
+    def bind(self, feeds: Feeds) -> Bound:
         assert self._session is not None, "use the runner in a with statement"
+        import onnxruntime as ort
+
         inputs = {i.name: i.type for i in self._session.get_inputs()}
         unused = set(feeds) - set(inputs)
         check_names({n: t for n, t in feeds.items() if n not in unused}, list(inputs))
-        arrays: dict[str, Any] = {
-            n: feeds[n].numpy().astype(NUMPY_OF_ORT[kind], copy=False) for n, kind in inputs.items()
-        }
+        given = {n: feeds[n].to(self.device, TORCH_OF_ORT[kind]).contiguous() for n, kind in inputs.items()}
         names = [o.name for o in self._session.get_outputs()]
-        return {n: torch.from_numpy(np.asarray(v)) for n, v in zip(names, self._session.run(None, arrays), strict=True)}
+        binding = self._session.io_binding()
+        for name, tensor in given.items():
+            bind_tensor(binding, name, tensor)
+        session, device, words = self._session, self.device, None
+        if device != "cpu":  # torch's stream orders the work; who reads the outputs waits for it
+            words = ort.RunOptions()
+            words.add_run_config_entry("disable_synchronize_execution_providers", "1")
+
+        def run(held: Any = given) -> dict[str, torch.Tensor]:
+            for name in names:  # anew for each run, else it writes over what the last one gave
+                binding.bind_output(name, device)
+            session.run_with_iobinding(binding, words)
+            return {n: tensor_of(v) for n, v in zip(names, binding.get_outputs(), strict=True)}
+
+        return run
+
+
+PLACEMENT = "session.record_ep_graph_assignment_info"
+"""Session option: ONNX Runtime (1.24 and later) keeps which provider each node was given to."""
+
+
+def check_placement(session: Any, provider: str, path: Path) -> None:
+    """Raises MissingError where ONNX Runtime fell back from `provider`, whole or for some nodes."""
+    if session.get_providers()[0] != provider:
+        raise MissingError(
+            f"ONNX Runtime fell back from {provider} for {path.name}",
+            got=", ".join(session.get_providers()),
+            expected=f"{provider} alone",
+            mend="look at ONNX Runtime's own words for what the provider lacks (a driver, CUDA or TensorRT libraries)",
+        )
+    if not hasattr(session, "get_provider_graph_assignment_info"):
+        if provider != CPU:
+            raise MissingError(
+                "this ONNX Runtime does not say where it runs each node",
+                expected="onnxruntime 1.24 or later",
+                mend='pip install "onnxruntime-gpu>=1.24"',
+            )
+        return
+    elsewhere = [
+        f"{node.name} ({node.op_type}) on {part.ep_name}"
+        for part in session.get_provider_graph_assignment_info()
+        if part.ep_name != provider
+        for node in part.get_nodes()
+    ]
+    if elsewhere:
+        raise MissingError(
+            f"ONNX Runtime would run {len(elsewhere)} nodes of {path.name} on another provider than {provider}",
+            got=", ".join(elsewhere[:8]) + (" ..." if len(elsewhere) > 8 else ""),
+            expected=f"every node on {provider}",
+            mend="use a backend that takes the whole graph: data that move back and forth make such sessions slow",
+        )
+
+
+def bind_tensor(binding: Any, name: str, tensor: torch.Tensor) -> None:
+    """Binds the tensor's own memory as an input. It has to live as long as the binding is used."""
+    import onnxruntime as ort
+
+    kind, shape, device = ONNX_OF_TORCH[tensor.dtype], tuple(tensor.shape), tensor.device
+    if not tensor.numel():  # it has no memory to bind
+        empty = ort.OrtValue.ortvalue_from_shape_and_type(shape, kind, device.type, device.index or 0)
+        binding.bind_ortvalue_input(name, empty)
+        return
+    binding.bind_input(name, device.type, device.index or 0, kind, shape, tensor.data_ptr())
+
+
+def tensor_of(value: Any) -> torch.Tensor:
+    """An output as a torch tensor in the same memory."""
+    if not all(value.shape()):
+        kind = TORCH_OF_ORT[value.data_type()]
+        return torch.empty(value.shape(), dtype=kind, device=value.device_name())
+    found: torch.Tensor = from_dlpack(value._ortvalue.to_dlpack())  # a capsule: a tenth of torch.from_dlpack's time
+    return found.bool() if value.data_type() == "tensor(bool)" else found
 
 
 def uses_kernels(path: Path) -> bool:
@@ -226,14 +368,14 @@ def uses_kernels(path: Path) -> bool:
     return DOMAIN.encode() in path.read_bytes()
 
 
-def native_library(provider: str = "CPUExecutionProvider", *, required: bool = False) -> Path | None:
+def native_library(provider: str = CPU, *, required: bool = False) -> Path | None:
     """The operator library for ONNX Runtime; where it has nothing for the provider None, or MissingError where it is
     `required`."""
     from optimize.kernels.native_library import cubins, ort_library
 
     try:
         library = ort_library()
-        if provider != "CPUExecutionProvider" and not cubins(library):
+        if provider != CPU and not cubins(library):
             raise MissingError(
                 "the native library was built without GPU kernels",
                 got=library,

@@ -41,7 +41,24 @@ def with_forward(module: torch.nn.Module, forward: Callable[..., tuple[Any, ...]
             return forward(self, *tensors)
 
     module.forward = types.MethodType(bound, module)
+    module.__dict__[ADAPTER] = forward
     return module.eval().requires_grad_(False)
+
+
+ADAPTER = "_optimize_adapter"
+
+
+class Adapted(torch.nn.Module):
+    """A component's module with its own forward back in place, called through its adapter: what compilers take."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        super().__init__()
+        self.adapter: Callable[..., tuple[Any, ...]] = module.__dict__[ADAPTER]
+        module.__dict__.pop("forward", None)
+        self.module = module
+
+    def forward(self, *tensors: torch.Tensor) -> tuple[Any, ...]:
+        return self.adapter(self.module, *tensors)
 
 
 @contextlib.contextmanager
