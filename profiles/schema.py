@@ -162,12 +162,15 @@ class Preparation(Record):
 
 class Work(Record):
     """What one run computes, counted from the graph at these sizes: operations (a multiply-add is two) and the least
-    bytes that have to move (weights once, inputs and outputs of each node that no fusion could save: see `how`)."""
+    bytes that have to move (weights once, the component's inputs and outputs). `unfused_bytes` is what moves where
+    every node reads its inputs and writes its output; `flops_by_type` splits `flops` by what they are computed in."""
 
     flops: float
     bytes: float
     weight_bytes: float
     how: str
+    unfused_bytes: float | None = None
+    flops_by_type: dict[str, float] = {}
 
 
 class Roofline(Record):
