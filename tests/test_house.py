@@ -95,6 +95,7 @@ def test_public_names_are_these_and_exist() -> None:
         "quantize",
         "record",
         "verify",
+        "watch",
     ]
     for name in optimize.__all__:
         assert getattr(optimize, name).__doc__, name

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from optimize.evaluating import evaluate
     from optimize.exporting import export
     from optimize.loading import build, load, verify
+    from optimize.profiles.watching import watch
     from optimize.quantizing import quantize
     from optimize.recording import record
     from optimize.tools.inspecting import inspect
@@ -29,6 +30,7 @@ _WHERE = {
     "evaluate": "evaluating",
     "quantize": "quantizing",
     "record": "recording",
+    "watch": "profiles.watching",
     "inspect": "tools.inspecting",
     "Component": "compile.spec",
     "Axis": "compile.spec",
@@ -59,6 +61,7 @@ __all__ = [
     "quantize",
     "record",
     "verify",
+    "watch",
 ]
 
 
