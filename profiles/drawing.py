@@ -18,8 +18,9 @@ import torch
 from optimize.compile.records import ComponentRecord
 from optimize.compile.runners import Runner
 from optimize.compile.spec import Component
+from optimize.compile.streaming import set_tensor
 from optimize.errors import InputError
-from optimize.quantize.recording import arguments_of, feeds_from_call
+from optimize.quantize.recording import arguments_of, feeds_from_call, modules_of
 
 DENOISERS = ("unet", "dit")
 DRAWN = (*DENOISERS, "text_encoder", "vae_decoder")
@@ -71,31 +72,37 @@ def images_of(
 
     `parts` gives by component name each network that the pipeline has to call, and the runner that stands in for it.
     """
-    drawn = []
-    with pipeline_of(folder, parts) as pipeline, torch.inference_mode():
-        takes = inspect.signature(pipeline.__call__).parameters
-        words = {
-            "num_inference_steps": drawing.steps,
-            "height": drawing.height,
-            "width": drawing.width,
-            "output_type": "pt",
-            "use_resolution_binning": False,  # PixArt's: it would change the sizes
-            **({} if drawing.guidance is None else {"guidance_scale": drawing.guidance}),
-        }
-        for i in range(0, len(drawing.prompts), drawing.batch):
-            say(f"image {i + 1} of {len(drawing.prompts)}")
-            drawn.append(
+    with pipeline_of(folder, parts) as pipeline:
+        return drawn(pipeline, drawing, say)
+
+
+def drawn(pipeline: Any, drawing: Drawing, say: Callable[[str], None]) -> torch.Tensor:
+    """The same through a pipeline that is there."""
+    images = []
+    takes = inspect.signature(pipeline.__call__).parameters
+    words = {
+        "num_inference_steps": drawing.steps,
+        "height": drawing.height,
+        "width": drawing.width,
+        "output_type": "pt",
+        "use_resolution_binning": False,  # PixArt's: it would change the sizes
+        **({} if drawing.guidance is None else {"guidance_scale": drawing.guidance}),
+    }
+    for i in range(0, len(drawing.prompts), drawing.batch):
+        say(f"image {i + 1} of {len(drawing.prompts)}")
+        with torch.inference_mode():
+            images.append(
                 pipeline(
                     prompt=list(drawing.prompts[i : i + drawing.batch]),
                     generator=[torch.Generator().manual_seed(s) for s in drawing.seeds[i : i + drawing.batch]],
                     **{k: v for k, v in words.items() if k in takes},
                 ).images.float()
             )
-    return torch.cat(drawn)
+    return torch.cat(images)
 
 
 @contextlib.contextmanager
-def pipeline_of(folder: Path, parts: Mapping[str, tuple[Component, Runner]]) -> Iterator[Any]:
+def pipeline_of(folder: Path, parts: Mapping[str, tuple[Component, Runner]], device: str = "cpu") -> Iterator[Any]:
     """The diffusers pipeline in `folder` with runners for networks. The weights of those are not read."""
     from diffusers.utils import logging
 
@@ -106,22 +113,25 @@ def pipeline_of(folder: Path, parts: Mapping[str, tuple[Component, Runner]]) -> 
         given: dict[str, Any] = {}
         for name, (component, runner) in parts.items():
             part, method = ("vae", "decode") if component.role == "vae_decoder" else (name, "forward")
-            given[part] = stand_in(component, stack.enter_context(runner), method)
+            given[part] = stand_in(component, stack.enter_context(runner), method, device)
         if "safety_checker" in config:  # it would blacken what is to be compared
             given |= {"safety_checker": None, "requires_safety_checker": False}
         pipeline = cls.from_pretrained(str(folder), local_files_only=True, **given)
         pipeline.set_progress_bar_config(disable=True)
+        for part, module in modules_of(pipeline).items():
+            if part not in given:
+                module.to(device)
         yield pipeline
 
 
-def stand_in(component: Component, runner: Runner, method: str) -> torch.nn.Module:
+def stand_in(component: Component, runner: Runner, method: str, device: str = "cpu") -> torch.nn.Module:
     """The component's torch module without weights, whose `method` runs `runner` instead."""
     module: torch.nn.Module = component.build()
     module.__dict__.pop("forward", None)  # the adapter's
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         values = arguments_of(module, args, kwargs)
-        return answer(feeds_from_call(component.inputs, values), values)
+        return answer(feeds_from_call(component.inputs, values, device), values)
 
     def decode(z: torch.Tensor, return_dict: bool = True, **kwargs: Any) -> Any:
         return answer({component.inputs[0].name: z}, {"return_dict": return_dict})
@@ -131,7 +141,17 @@ def stand_in(component: Component, runner: Runner, method: str) -> torch.nn.Modu
         return RESULTS[component.role]({n: t.float() for n, t in outputs.items()}, values)
 
     module.__dict__[method] = {"forward": forward, "decode": decode}[method]
-    return module.to_empty(device="cpu")  # torch takes no memory for what nobody writes
+    return module.to_empty(device="cpu") if device == "cpu" else hollow(module, device)
+
+
+def hollow(module: torch.nn.Module, device: str) -> torch.nn.Module:
+    """On the device as far as its first parameter, by which a pipeline goes, and on meta for the rest: what nobody
+    writes takes no memory on a CPU, but it does on a GPU."""
+    first = next((name for name, _ in module.named_parameters()), None)
+    module.to_empty(device="meta")
+    if first is not None:
+        set_tensor(module, first, torch.empty_like(module.get_parameter(first), device=device))
+    return module
 
 
 def denoised(outputs: Mapping[str, torch.Tensor], call: Mapping[str, Any]) -> Any:

@@ -153,8 +153,10 @@ def same(value: Any, default: Any) -> bool:
     return value is default or (not isinstance(value, torch.Tensor) and bool(value == default))
 
 
-def feeds_from_call(inputs: Sequence[TensorSpec], values: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """The component's feeds from a call's arguments by name, on the CPU in fp32's types.
+def feeds_from_call(
+    inputs: Sequence[TensorSpec], values: Mapping[str, Any], device: str = "cpu"
+) -> dict[str, torch.Tensor]:
+    """The component's feeds from a call's arguments by name, on the device in fp32's types.
 
     One number for all rows becomes one per row, a leading one more than the component has is dropped, and what was
     left out becomes what the module takes it for. Raises InputError for a call that means more than the inputs say.
@@ -171,7 +173,7 @@ def feeds_from_call(inputs: Sequence[TensorSpec], values: Mapping[str, Any]) -> 
     for spec in inputs:
         value = values.get(spec.name)
         if value is not None:
-            tensor = torch.as_tensor(value).detach().cpu()
+            tensor = torch.as_tensor(value).detach().to(device)
             one_more = tensor.dim() == len(spec.shape) + 1 and tensor.shape[0] == 1
             given[spec.name] = tensor[0] if one_more else tensor
         elif kind_of_fill(spec) not in ABSENT:
@@ -183,7 +185,7 @@ def feeds_from_call(inputs: Sequence[TensorSpec], values: Mapping[str, Any]) -> 
         shape = spec.sizes({"batch": 1, **sizes})
         tensor = given[spec.name] if spec.name in given else ABSENT[kind_of_fill(spec)](shape)
         tensor = tensor.reshape(1).expand(shape) if spec.name in per_row else tensor
-        made[spec.name] = tensor.to(getattr(torch, spec.torch_dtype("fp32"))).contiguous()
+        made[spec.name] = tensor.to(device, getattr(torch, spec.torch_dtype("fp32"))).contiguous()
     return made
 
 
