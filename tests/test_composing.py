@@ -15,7 +15,7 @@ import optimize
 from optimize.compile.architectures import ARCHITECTURES, PIPELINES
 from optimize.compile.bundle import record_of
 from optimize.compile.records import ComponentRecord
-from optimize.compile.runners import EagerRunner, Feeds, loaded_module
+from optimize.compile.runners import Bound, EagerRunner, Feeds, loaded_module
 from optimize.compile.sources import demo_folder, source_from_text
 from optimize.compile.spec import Component
 from optimize.errors import InputError
@@ -28,7 +28,7 @@ from optimize.profiles.composing import (
     pipeline_times,
 )
 from optimize.profiles.drawing import Drawing, hollow
-from optimize.profiles.end_to_end import drawing_at, measure_pipeline, with_measured
+from optimize.profiles.end_to_end import Typed, drawing_at, measure_pipeline, with_measured
 from optimize.profiles.schema import Pick, Row, RowParity, Timing
 from optimize.quantize.pipelines import load_pipeline
 
@@ -347,9 +347,40 @@ def test_a_run_has_the_sizes_of_the_rows(demo_records: dict[str, ComponentRecord
 
 
 class Slowed(EagerRunner):
-    def infer(self, feeds: Feeds) -> dict[str, torch.Tensor]:
-        time.sleep(0.05)
-        return super().infer(feeds)
+    def bind(self, feeds: Feeds) -> Bound:
+        run = super().bind(feeds)
+
+        def slowly() -> dict[str, torch.Tensor]:
+            time.sleep(0.05)
+            return run()
+
+        return slowly
+
+
+class Shared(EagerRunner):
+    """Gives each run's result in the memory of the last one, as CUDA graphs do."""
+
+    def __init__(self, component: Component) -> None:
+        super().__init__(component)
+        self.memory: dict[str, torch.Tensor] = {}
+
+    def bind(self, feeds: Feeds) -> Bound:
+        run = super().bind(feeds)
+
+        def again() -> dict[str, torch.Tensor]:
+            for name, tensor in run().items():
+                self.memory.setdefault(name, torch.empty_like(tensor)).copy_(tensor)
+            return self.memory
+
+        return again
+
+
+def test_results_that_the_next_run_overwrites_are_kept() -> None:
+    """The prompt's embedding outlives the run on the empty one."""
+    (component,) = (c for c in source_from_text("demo").components if c.name == "text_encoder")
+    with Typed(component, Shared(component), "fp32") as runner:
+        first, second = (runner.infer({"input_ids": torch.full((1, 16), i)}) for i in (1, 2))
+    assert all(not torch.equal(first[n], second[n]) for n in first)
 
 
 def test_a_slow_runner_is_seen_in_the_run(demo_records: dict[str, ComponentRecord]) -> None:
