@@ -197,6 +197,9 @@ class Manifest(Record):
         for id_, artifact in self.artifacts.items():
             if id_ != artifact.id or artifact.component not in self.components:
                 raise ValueError(f"artifact {id_} calls itself {artifact.id} of component {artifact.component}")
-            if artifact.kind in ("onnx", "engine") and artifact.spec.get("precision") not in (*PRECISIONS, *QUANTIZED):
+            if artifact.kind in ("onnx", "engine", "aoti") and artifact.spec.get("precision") not in (
+                *PRECISIONS,
+                *QUANTIZED,
+            ):
                 raise ValueError(f"artifact {id_} has the precision {artifact.spec.get('precision')}")
         return self

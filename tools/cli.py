@@ -70,7 +70,16 @@ def export_words(verb: argparse.ArgumentParser) -> None:
         help="fp32 (default), fp16, bf16, int8 and other schemes of `optimize quantize`; repeat for more",
     )
     verb.add_argument(
-        "--format", action="append", default=[], metavar="F", help="onnx (default), tensorrt; repeat for more"
+        "--format",
+        action="append",
+        default=[],
+        metavar="F",
+        help="onnx (default), tensorrt, aoti (an AOTInductor package); repeat for more",
+    )
+    verb.add_argument(
+        "--device",
+        metavar="D",
+        help="where --format aoti is to run: cpu, cuda or auto (default: the GPU, if there is one)",
     )
     verb.add_argument(
         "--axis", action="append", default=[], metavar="NAME=MIN:OPT:MAX", help="sizes of an axis; NAME=SIZE is static"
@@ -150,7 +159,9 @@ def bundle_words(verb: argparse.ArgumentParser) -> None:
 def verify_words(verb: argparse.ArgumentParser) -> None:
     bundle_words(verb)
     verb.add_argument(
-        "--trust-remote-code", action="store_true", help="run the Python code that the bundle's source is"
+        "--trust-remote-code",
+        action="store_true",
+        help="run the code that the bundle brings: Python that its source is, native code of AOTInductor packages",
     )
     memory_words(verb)
 
@@ -275,6 +286,7 @@ def run_export(args: argparse.Namespace, progress: Progress) -> int:
         keep_fp32=args.keep_fp32,
         probe_steps=args.probe_steps,
         no_probe=args.no_probe,
+        device=args.device,
         quantization=calibration_of(args),
     )
     if args.no_probe:
@@ -431,7 +443,11 @@ def run_doctor(args: argparse.Namespace, progress: Progress) -> int:
 
 Verb = tuple[str, Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace, "Progress"], int]]
 VERBS: dict[str, Verb] = {
-    "export": ("turn a source's components into proved ONNX and TensorRT artifacts", export_words, run_export),
+    "export": (
+        "turn a source's components into proved ONNX, TensorRT and AOTInductor artifacts",
+        export_words,
+        run_export,
+    ),
     "build": ("build engines from ONNX that a bundle already has", build_words, run_build),
     "verify": ("prove a bundle again: digests, and parity against its source", verify_words, run_verify),
     "quantize": (

@@ -35,9 +35,9 @@ class ComponentInfo:
 
 @dataclass(frozen=True)
 class ArtifactInfo:
-    """A graph (`kind` "onnx") or an engine of a bundle. `bytes` with its weights; `nodes`, `parameters` and `parity`
-    (the worst output's relative error; `proof` says how it was measured) are those of graphs, `target` and
-    `downgrades` those of engines."""
+    """A graph (`kind` "onnx"), an engine or an AOTInductor package ("aoti") of a bundle. `bytes` with its weights;
+    `nodes` and `parameters` are those of graphs, `parity` (the worst output's relative error; `proof` says how it was
+    measured) of graphs and packages, `target` of engines and packages, `downgrades` of engines."""
 
     id: str
     component: str
@@ -121,7 +121,7 @@ def inspection_of(
     shown = [
         a
         for a in bundle.artifacts(component)
-        if a.id in read or (a.kind == "engine" and precision in (None, a.spec["precision"]))
+        if a.id in read or (a.kind in ("engine", "aoti") and precision in (None, a.spec["precision"]))
     ]
     return Inspection(
         str(bundle.root),
@@ -138,7 +138,7 @@ def component_info(record: ComponentRecord) -> ComponentInfo:
 
 
 def artifact_info(bundle: Bundle, artifact: Artifact, graph: Graph | None) -> ArtifactInfo:
-    """`graph` is None for an engine."""
+    """`graph` is None for an engine and for a package."""
     weights = sum(bundle.manifest.artifacts[p].bytes for p in artifact.parents) if graph else 0
     return ArtifactInfo(
         id=artifact.id,
@@ -150,10 +150,19 @@ def artifact_info(bundle: Bundle, artifact: Artifact, graph: Graph | None) -> Ar
         parameters=graph.parameters if graph else None,
         parity=artifact.parity.worst if artifact.parity else None,
         proof=artifact.parity.how if artifact.parity else f"of {artifact.parents[0]}",
-        target="" if graph else f"{artifact.spec['target']} (SM{artifact.spec['sm']})",
+        target="" if graph else target_of(artifact),
         downgrades=tuple(artifact.downgrades),
         fp32=tuple(artifact.spec.get("fp32", ())),
     )
+
+
+def target_of(artifact: Artifact) -> str:
+    """What an engine or a package was made for."""
+    if artifact.kind == "aoti":
+        return (
+            f"SM{artifact.spec['sm']}" if artifact.spec["sm"] else f"{artifact.spec['machine']} {artifact.spec['isa']}"
+        )
+    return f"{artifact.spec['target']} (SM{artifact.spec['sm']})"
 
 
 # --- the command -----------------------------------------------------------------------------------------------------

@@ -68,10 +68,10 @@ def plan_steps(plan: Plan) -> Sequence[str]:
 
 
 def bundle_rows(bundle: Bundle) -> list[Row]:
-    """One row per graph and engine."""
+    """One row per graph, engine and package."""
     rows: list[Row] = []
     for a in bundle.artifacts():
-        if a.kind not in ("onnx", "engine"):
+        if a.kind not in ("onnx", "engine", "aoti"):
             continue
         weights = sum(bundle.manifest.artifacts[p].bytes for p in a.parents if a.kind == "onnx")
         parity = f"{a.parity.worst:.1e} ({a.parity.how})" if a.parity else "of " + a.parents[0]

@@ -30,9 +30,10 @@ STEPS = (
     "check with onnx.checker",
     "prove parity against eager fp32",
     "build engines",
+    "compile packages with AOTInductor, prove them likewise",
     "record in the manifest",
 )
-FORMATS = ("onnx", "tensorrt")
+FORMATS = ("onnx", "tensorrt", "aoti")
 BESIDE = ("view", "probe")
 """Kinds of files that come with a graph."""
 
@@ -55,13 +56,15 @@ class Request:
     memory: int | None = None
     kernels: bool = False
     narrowing: Words = field(default_factory=Words)
+    device: str = "cpu"
+    """Where AOTInductor packages are to run: cpu or cuda."""
     bases: tuple[str, ...] = ()
     """Precisions that are made only to be quantized: no engines are built of them."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """One thing to make: an ONNX artifact or an engine, and why it is made or kept."""
+    """One thing to make: an ONNX artifact, an engine or an AOTInductor package, and why it is made or kept."""
 
     artifact: str
     component: Component
@@ -70,6 +73,7 @@ class Step:
     why: str
     hit: bool
     target: tuple[str, int] | None = None
+    kind: str = "onnx"
 
 
 @dataclass
@@ -100,10 +104,12 @@ def request_from_words(
     keep_fp32: Sequence[str] = (),
     probe_steps: int | None = None,
     no_probe: bool = False,
+    device: str | None = None,
 ) -> Request:
     """Checks words that need no model. Raises InputError for unknown precisions, formats, targets and opsets, and
     MissingError for targets that nothing here builds for."""
     from optimize.compile.spec import PRECISIONS
+    from optimize.packaging import check_words, device_of
     from optimize.profiles.targets import sm_from_target
 
     choose("precision", precisions, PRECISIONS)
@@ -126,6 +132,7 @@ def request_from_words(
         formats = (*formats, "tensorrt")
     if "tensorrt" in formats and not targets:
         targets = ("current",)
+    check_words(formats, keep_fp32, probe_steps)
     found = tuple(sm_from_target(t) for t in targets)
     for _, sm in found:
         flavour_text(sm)  # raises where nothing here builds for it
@@ -145,6 +152,7 @@ def request_from_words(
         memory,
         kernels,
         words_from(precisions, keep_fp32, probe_steps, no_probe),
+        device_of(formats, device),
     )
 
 
@@ -206,9 +214,15 @@ def source_of(request: Request) -> Source:
 
 def plan_from_request(request: Request, components: tuple[Component, ...], bundle: Bundle | None) -> Plan:
     """What there is to do, and for each step whether the bundle has it already."""
+    from optimize.packaging import step_of_package
+
     plan = Plan(request, components)
     for component in plan.components:
         for precision in request.precisions:
+            if "aoti" in request.formats:
+                plan.steps.append(step_of_package(bundle, component, precision, request))
+            if set(request.formats) == {"aoti"}:
+                continue
             key = key_of(component, precision, request)
             onnx = onnx_id(component, precision, request.opset)
             step = step_for(bundle, onnx, component, precision, key, None)
@@ -270,16 +284,20 @@ def flavour_text(sm: int) -> str:
 
 def key_of(component: Component, precision: str, request: Request) -> dict[str, str]:
     """Everything that an ONNX artifact depends on, by name."""
+    source = key_of_source(component, precision)
+    return {**source, "opset": str(request.opset), **request.narrowing.key(precision)}
+
+
+def key_of_source(component: Component, precision: str) -> dict[str, str]:
+    """What every artifact of a component in a precision depends on: the model, and what turns it into files."""
     config = json.dumps(component.config, sort_keys=True, default=str)
     return {
         "weights": component.weights.digest(),
         "config": digest(config),
         "precision": precision,
-        "opset": str(request.opset),
         "axes": json.dumps({n: asdict(a) for n, a in component.axes.items()}, sort_keys=True),
         "exporter": exporter_digest(),
         **({"kernels": kernels_digest()} if component.kernels else {}),
-        **request.narrowing.key(precision),
         **{f"version of {k}": v for k, v in versions().items()},
     }
 
@@ -347,8 +365,10 @@ def export(
     from optimize import making, quantizing
     from optimize.compile.bundle import Bundle
     from optimize.compile.spec import PRECISIONS, QUANTIZED
+    from optimize.packaging import check_precisions
 
     choose("precision", precisions, (*PRECISIONS, *QUANTIZED))
+    check_precisions(precisions, words.get("formats", ()))
     floats = [p for p in precisions if p in PRECISIONS]
     fewer = quantizing.requests_for_export(out, precisions, words, quantization or {})
     bases = [p for p in quantizing.bases_for(fewer) if p not in floats]

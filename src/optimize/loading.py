@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from optimize.compile.sources import Source
     from optimize.compile.spec import Axis, Component
 
-BACKENDS = ("onnxruntime", "eager")
+BACKENDS = ("onnxruntime", "eager", "aoti")
 
 
 @dataclass(frozen=True)
@@ -32,16 +32,23 @@ class LoadedComponent:
         return self.bundle.artifacts(self.record.name, kind)
 
     def runner(self, backend: str = "onnxruntime", precision: str | None = None) -> Runner:
-        """A runner of this component: `onnxruntime` of the ONNX artifact, `eager` of the source itself.
+        """A runner of this component: `onnxruntime` of the ONNX artifact, `aoti` of the AOTInductor package, `eager` of
+        the source itself.
 
-        Without `precision` the only one that the bundle has, else fp32. The artifact's digest is checked first.
-        Raises InputError for an unknown backend or precision, GateError for a file that is not the proved one.
+        Without `precision` the only one that the bundle has, else fp32. The artifact's digest is checked first. A
+        package is native code that runs here: load one of a bundle that you trust.
+        Raises InputError for an unknown backend or precision, GateError for a file that is not the proved one,
+        MissingError for a package that was compiled for another machine.
         """
         from optimize.compile.runners import EagerRunner
+        from optimize.packaging import package_in, runner_in
 
         if backend not in BACKENDS:
             raise InputError(f"unknown backend {backend}", expected="one of " + ", ".join(BACKENDS))
-        artifact = self.onnx(precision)
+        if backend == "aoti":
+            return runner_in(self.bundle, package_in(self.bundle, self.record.name, precision))
+        only_packages = self.artifacts("aoti") and not self.artifacts("onnx")
+        artifact = package_in(self.bundle, self.record.name, precision) if only_packages else self.onnx(precision)
         if backend == "eager":
             source = component_of(self.bundle, self.record.name, self.trust_remote_code)
             made_of = str(artifact.spec.get("base", artifact.id))  # a quantized one is eager in its base's precision
@@ -189,7 +196,8 @@ def verify(
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> list[Verification]:
-    """Every artifact's digest, read anew, and every ONNX artifact's parity against its source, measured again.
+    """Every artifact's digest, read anew, and parity of every ONNX artifact and AOTInductor package against its source,
+    measured again. A package is native code: it is run only with `trust_remote_code`, as a source in Python is.
 
     Raises InputError for a broken or empty bundle; failures of single artifacts are in the result, not raised.
     """
@@ -210,16 +218,20 @@ def verify(
     sources: dict[str, Component] = {}
     results = []
     for artifact in chosen:
-        if artifact.kind == "onnx" and artifact.component not in sources:
+        runs = artifact.kind == "onnx" or (artifact.kind == "aoti" and trust_remote_code)
+        if runs and artifact.component not in sources:
             sources[artifact.component] = component_of(bundle, artifact.component, trust_remote_code)
         with shown.step(f"verify {artifact.id}"):
-            results.append(verify_artifact(bundle, artifact, sources.get(artifact.component), memory, shown))
+            source = sources[artifact.component] if runs else None
+            results.append(verify_artifact(bundle, artifact, source, memory, shown))
     return results
 
 
 def verify_artifact(
     bundle: Bundle, artifact: Artifact, source: Component | None, memory: int | None, progress: Progress
 ) -> Verification:
+    from optimize.packaging import verify_package
+
     try:
         for parent in artifact.parents:
             if parent not in bundle.manifest.artifacts:
@@ -228,13 +240,27 @@ def verify_artifact(
         bundle.check(artifact, fresh=True)
         if artifact.kind == "onnx" and source is not None:
             return verify_onnx(bundle, artifact, source, memory, progress)
+        if artifact.kind == "aoti" and source is not None:
+            return verify_package(bundle, artifact, source, memory, progress)
     except GateError as e:
         return Verification(artifact.id, "failed", str(e))
     if artifact.kind == "engine":
         return Verification(
             artifact.id, "passed", f"digest and parents; not run: needs a GPU of SM{artifact.spec['sm']}"
         )
+    if artifact.kind == "aoti":
+        return Verification(artifact.id, "skipped", "digest; not run: native code, which --trust-remote-code lets run")
     return Verification(artifact.id, "passed", "digest")
+
+
+def check_weights(artifact: Artifact, component: Component) -> None:
+    if component.weights.digest() != artifact.key.get("weights"):
+        raise GateError(
+            f"the source's weights are not those that {artifact.id} was made of",
+            got=component.weights.digest(),
+            expected=artifact.key.get("weights"),
+            mend="export again",
+        )
 
 
 def verify_onnx(
@@ -252,13 +278,7 @@ def verify_onnx(
         return Verification(artifact.id, "passed", verified(bundle, artifact, component))
     precision = str(artifact.spec["precision"])
     component = replace(component, kernels=bool(artifact.spec.get("kernels")))
-    if component.weights.digest() != artifact.key.get("weights"):
-        raise GateError(
-            f"the source's weights are not those that {artifact.id} was made of",
-            got=component.weights.digest(),
-            expected=artifact.key.get("weights"),
-            mend="export again",
-        )
+    check_weights(artifact, component)
     path = bundle.path(artifact)
     with refusals(path):
         onnx.checker.check_model(str(path), full_check=True)

@@ -24,10 +24,14 @@ if TYPE_CHECKING:
 
 def run_plan(plan: Plan, bundle: Bundle, progress: Progress) -> Bundle:
     """Makes what the plan says is missing. Every artifact is proved before the manifest claims it."""
+    from optimize.packaging import FORMAT, make_package
+
     for step in plan.steps:
         if step.hit and step.artifact in bundle.manifest.artifacts:  # what was made of something made anew is gone
             continue
-        if step.target is None:
+        if step.kind == FORMAT:
+            make_package(step, plan.request, bundle, progress)
+        elif step.target is None:
             make_onnx(step, plan.request, bundle, progress)
         else:
             parent = bundle.manifest.artifacts[step.artifact.rpartition("/")[0]]
@@ -226,10 +230,10 @@ def memory_errors(what: str) -> Iterator[None]:
         ) from e
 
 
-def need_disk(root: Path, component: Component, precision: str) -> None:
-    """Raises MissingError before the work where the weights cannot fit on the disk."""
+def need_disk(root: Path, component: Component, precision: str, copies: int = 1) -> None:
+    """Raises MissingError before the work where the weights cannot fit on the disk, so many times."""
     module = component.build()
-    need = sum(p.numel() for p in module.parameters()) * (4 if precision == "fp32" else 2)
+    need = sum(p.numel() for p in module.parameters()) * (4 if precision == "fp32" else 2) * copies
     free = shutil.disk_usage(root).free
     if free < need * 1.05 + (32 << 20):
         raise MissingError(
