@@ -125,7 +125,7 @@ class Meter:
             busy=others > BUSY or share > BUSY,
             gpu_clock_sm_mhz=(min(self.clocks), max(self.clocks)) if self.clocks else None,
             gpu_temperature_c=(min(self.temperatures), max(self.temperatures)) if self.temperatures else None,
-            gpu_throttled=sorted(self.throttled),
+            gpu_throttled=tuple(sorted(self.throttled)),
         )
 
 

@@ -1,0 +1,199 @@
+"""Seats: one candidate of a profile, ready to be run: a backend's runner with feeds bound. `python -m` serves one.
+
+Feeds and outputs travel as safetensors files; answers are plain data.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from optimize.errors import InputError
+
+if TYPE_CHECKING:
+    from optimize.compile.runners import Runner
+    from optimize.compile.spec import Component
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a seat runs. `folder` is a bundle, else `source` is read; `axes` are (min, opt, max) by name; `path` a file
+    that no bundle claims (a package made for this profile)."""
+
+    component: str
+    backend: str
+    precision: str
+    folder: str | None = None
+    source: str = ""
+    artifact: str | None = None
+    path: str | None = None
+    axes: Mapping[str, tuple[int, int, int]] | None = None
+    device: str = "cpu"
+    threads: int = 0
+    trust: tuple[str, ...] = ()
+
+    @property
+    def base(self) -> str:
+        """The precision without what else the artifact's name has: `fp32+kernels` -> `fp32`."""
+        return self.precision.partition("+")[0]
+
+
+class Seat:
+    """A runner that is opened, fed and run. Methods give plain data, so that they can be called across a pipe."""
+
+    def __init__(self, runner: Callable[[], Runner], device: str = "cpu", threads: int = 0) -> None:
+        self.make, self.device, self.threads = runner, device, threads
+        self.runner: Any = None
+        self.run: Callable[[], Any] | None = None
+        self.before = 0
+
+    def open(self) -> dict[str, float]:
+        """Loads it. `load_s` is from the file to ready, without importing libraries."""
+        import torch
+
+        if self.threads:
+            torch.set_num_threads(self.threads)
+        self.runner = self.make()
+        self.before = used_bytes(self.device)
+        start = time.perf_counter()
+        self.runner.__enter__()
+        return {"load_s": time.perf_counter() - start}
+
+    def bind(self, feeds: str) -> dict[str, Any]:
+        """Binds feeds; the first run of all is timed apart, and compiles where the backend does."""
+        self.run = self.runner.bind(read(feeds))
+        return {"first_ms": self.once(), "second_ms": self.once(), "cached": bool(getattr(self.runner, "cached", 0))}
+
+    def once(self) -> float:
+        assert self.run is not None, "bind first"
+        start = time.perf_counter()
+        self.run()
+        if self.device == "cuda":
+            import torch
+
+            torch.cuda.synchronize()
+        return 1e3 * (time.perf_counter() - start)
+
+    def outputs(self, feeds: str, out: str, bound: bool = True) -> list[str]:
+        """Writes what it gives for these feeds; `bound` by the very function that is timed. Gives the names."""
+        from safetensors.torch import save_file
+
+        given = read(feeds)
+        found = self.runner.bind(given)() if bound else self.runner.infer(given)
+        save_file({n: t.detach().cpu().clone().contiguous() for n, t in found.items()}, out)
+        return list(found)
+
+    def burst(self, ms: float, warmup_ms: float, cold: bool) -> dict[str, Any]:
+        from optimize.profiles.timing import burst_of
+
+        assert self.run is not None, "bind first"
+        return asdict(burst_of(self.run, self.device, ms, warmup_ms, cold))
+
+    def memory(self) -> dict[str, int | None]:
+        """Peaks above what the process (or the GPU) had before it was opened."""
+        peak = max(0, peak_bytes(self.device) - self.before)
+        return {"host": peak, "device": None} if self.device == "cpu" else {"host": None, "device": peak}
+
+    def close(self) -> None:
+        if self.runner is not None:
+            self.runner.__exit__(None, None, None)
+        self.runner = self.run = None
+
+
+def read(path: str) -> dict[str, Any]:
+    from safetensors.torch import load_file
+
+    found: dict[str, Any] = load_file(path)
+    return found
+
+
+def used_bytes(device: str) -> int:
+    """Memory in use now; the peak is counted from here on."""
+    if device == "cuda":
+        import torch
+
+        torch.cuda.init()
+        free, total = torch.cuda.mem_get_info()
+        return total - free
+    import psutil
+
+    with contextlib.suppress(OSError):  # resets the peak: see proc(5), clear_refs
+        Path("/proc/self/clear_refs").write_text("5")
+    return int(psutil.Process().memory_info().rss)
+
+
+def peak_bytes(device: str) -> int:
+    if device == "cuda":
+        return used_bytes(device)  # allocators keep what they took
+    with contextlib.suppress(OSError, StopIteration, ValueError):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
+    import resource
+
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def seat_of(job: Job) -> Seat:
+    return Seat(lambda: runner_of_job(job), job.device, job.threads)
+
+
+def runner_of_job(job: Job) -> Runner:
+    from optimize.compile.backends import BACKENDS, Subject, runner_of
+    from optimize.loading import load, recorded_component
+    from optimize.receipts import simulation
+
+    takes = BACKENDS[job.backend].takes
+    if job.folder is None or takes == "module" or job.path is not None:
+        path, component = Path(job.path) if job.path else None, component_of_job(job)
+        component.build()  # imports what the model is made of, so that loading is timed without
+        return runner_of(job.backend, Subject(component, job.base, path, job.device, job.threads))
+    loaded = load(job.folder, trust_remote_code="remote code" in job.trust)
+    artifact = loaded.bundle.manifest.artifacts[str(job.artifact)]
+    for parent in artifact.parents:
+        loaded.bundle.check(loaded.bundle.manifest.artifacts[parent])
+    loaded.bundle.check(artifact)
+    subject = Subject(
+        recorded_component(loaded.bundle, job.component),
+        job.base,
+        loaded.bundle.path(artifact),
+        job.device,
+        job.threads,
+        str(artifact.spec.get("flavour", "tensorrt")),
+        simulation(job.base),
+    )
+    return runner_of(job.backend, subject)
+
+
+def component_of_job(job: Job) -> Component:
+    """The component from its source, with the job's axes."""
+    from optimize.compile.spec import Axis
+    from optimize.loading import component_of, load
+
+    if job.folder is not None:
+        trusted = "remote code" in job.trust
+        return component_of(load(job.folder, trust_remote_code=trusted).bundle, job.component, trusted)
+    from optimize.compile.sources import Trust, source_from_text
+
+    trust = Trust("pickle" in job.trust, "remote code" in job.trust)
+    source = source_from_text(job.source, trust, (job.component,))
+    found = next((c for c in source.components if c.name == job.component), None)
+    if found is None:
+        raise InputError(
+            f"{job.source} has no component {job.component}", got=", ".join(c.name for c in source.components)
+        )
+    axes = {n: Axis(n, *sizes, found.axes[n].step) for n, sizes in (job.axes or {}).items()}
+    return found.with_axes(axes)
+
+
+def main() -> None:
+    from optimize.profiles.workers import serve
+
+    serve(lambda data: seat_of(Job(**{**data, "trust": tuple(data["trust"])})))
+
+
+if __name__ == "__main__":
+    main()
