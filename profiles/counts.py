@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from .sizes import NOTHING, Tensor
+from .sizes import Tensor
 
 if TYPE_CHECKING:
     import onnx
@@ -153,6 +153,6 @@ def operations(op: str, ins: Tensors, outs: Tensors, attributes: Attributes) -> 
         return "other", None
     kind, count = COUNTS[op]
     needed = (*ins[: 3 if kind == "attention" else 2], *outs[:1]) if kind in PRODUCTS else (*ins[:1], *outs[:1])
-    if count is not COUNTS["Reshape"][1] and any(t.shape is None for t in needed if t is not NOTHING):
+    if count is not COUNTS["Reshape"][1] and any(t.shape is None for t in needed):
         return kind, 0.0 if kind in ("layout", "view") else None
     return kind, count(ins, outs, attributes)

@@ -77,28 +77,33 @@ def tensors_in(value: Any) -> list[torch.Tensor]:
 
 def nodes_of(counts: Mapping[str, Mapping[Any, int]], root: str, precision: str) -> list[NodeWork]:
     """What each module computes itself: torch's counts hold those of the modules below it as well."""
-    nodes = []
-    for path, own in counts.items():
-        if path == "Global":
-            continue
-        below = [counts[p] for p in counts if p.startswith(path + ".") and "." not in p[len(path) + 1 :]]
-        below += [counts[p] for p in skipped(path, counts)]
-        for operator, flops in own.items():
-            left = flops - sum(b.get(operator, 0) for b in below)
-            if left:
-                name, module = str(operator).removeprefix("aten."), path.removeprefix(root).lstrip(".")
-                kind = next((k for word, k in KINDS.items() if word in name), "matmul")
-                nodes.append(NodeWork(f"{module}/{name}", module, kind, name, float(left), 0.0, 0.0, precision))
-    return nodes
+    own = {path: dict(found) for path, found in counts.items() if path != "Global"}
+    for path, found in counts.items():
+        above = parent(path, own)
+        for operator, flops in found.items() if above else ():
+            own[above][operator] = own[above].get(operator, 0) - flops
+    for path in sorted(own, key=lambda p: -p.count(".")):  # below nothing: called from elsewhere, whose it was then
+        for operator, left in own[path].items():
+            if left < 0 and (above := parent(path, own)):
+                own[path][operator] = 0
+                own[above][operator] = own[above].get(operator, 0) + left
+    return [
+        node_of(path.removeprefix(root).lstrip("."), str(operator).removeprefix("aten."), left, precision)
+        for path, found in own.items()
+        for operator, left in found.items()
+        if left > 0
+    ]
 
 
-def skipped(path: str, counts: Mapping[str, Any]) -> list[str]:
-    """Modules below `path` whose own parent was not called, such as the members of a ModuleList."""
-    found = []
-    for other in counts:
-        if other.startswith(path + ".") and "." in other[len(path) + 1 :]:
-            parents = other[len(path) + 1 :].split(".")[:-1]
-            between = [".".join([path, *parents[: i + 1]]) for i in range(len(parents))]
-            if not any(b in counts for b in between):
-                found.append(other)
-    return found
+def node_of(module: str, operator: str, flops: int, precision: str) -> NodeWork:
+    kind = next((k for word, k in KINDS.items() if word in operator), "matmul")
+    return NodeWork(f"{module}/{operator}", module, kind, operator, float(flops), 0.0, 0.0, precision)
+
+
+def parent(path: str, called: Mapping[str, Any]) -> str:
+    """The innermost module around `path` that was called: not a ModuleList, which is none."""
+    while path:
+        path = path.rpartition(".")[0]
+        if path in called:
+            return path
+    return ""

@@ -163,8 +163,18 @@ class Counting:
         if function is not None:
             return self.of_function(node, function)
         ins = [self.tensor(i) for i in node.input]
+        if ins and node.output and self.tensor(node.output[0]).shape is None:
+            self.infer(node, ins)
         outs = [self.tensor(o) for o in node.output]
         return operations(node.op_type, ins, outs, attributes_of(node))
+
+    def infer(self, node: onnx.NodeProto, ins: Sequence[Tensor]) -> None:
+        """Where ONNX's inference gives up (GroupNormalization is one): norms keep a shape, pointwise work has the
+        largest of its inputs'."""
+        kind = COUNTS.get(node.op_type, ("",))[0]
+        if kind in ("norm", "softmax", "elementwise") and all(t.shape is not None for t in ins):
+            source = ins[0] if kind != "elementwise" else max(ins, key=lambda t: t.numel)
+            self.tensors[node.output[0]] = Tensor(source.dtype, source.bits, source.shape)
 
     def of_function(self, node: onnx.NodeProto, function: onnx.FunctionProto) -> tuple[str, float | None]:
         """A node of our own is one kernel that computes what its body says."""
@@ -207,7 +217,7 @@ class Counting:
     def dtype(self, node: onnx.NodeProto, kind: str) -> str:
         """What it computes in: few bits only where all factors are."""
         if kind not in PRODUCTS:
-            return self.tensor(node.output[0]).dtype
+            return self.tensor(node.input[0] if kind == "quantize" else node.output[0]).dtype
         factors = [self.tensor(self.root(i)).dtype for i in node.input[: 3 if kind == "attention" else 2]]
         few = {"int8" if f == "int4" else f for f in factors if f in FEW}
         if len(few) == 1 and all(f in FEW for f in factors):
