@@ -231,6 +231,12 @@ def evaluate_words(verb: argparse.ArgumentParser) -> None:
     quality.words(verb)
 
 
+def profile_words(verb: argparse.ArgumentParser) -> None:
+    from optimize.tools import profiling
+
+    profiling.words(verb)
+
+
 def record_words(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("source", metavar="SOURCE", help="demo, or a folder or hub id of a diffusers pipeline")
     verb.add_argument("--out", required=True, type=Path, metavar="DIR", help="where a set per component is written")
@@ -388,6 +394,14 @@ def run_evaluate(args: argparse.Namespace, progress: Progress) -> int:
     return quality.report(found, args.json)
 
 
+def run_profile(args: argparse.Namespace, progress: Progress) -> int:
+    from optimize.tools import profiling
+
+    with others_on_stderr():
+        record = profiling.record_of(args, progress)
+    return profiling.show(record, args)
+
+
 def run_record(args: argparse.Namespace, progress: Progress) -> int:
     from optimize.recording import prompts_from_file, record_source
     from optimize.tools import tables
@@ -459,6 +473,11 @@ VERBS: dict[str, Verb] = {
         "how near a bundle's artifacts are to its fp32: per network, per timestep, and image by image",
         evaluate_words,
         run_evaluate,
+    ),
+    "profile": (
+        "which backend and precision to deploy for each component: measured latency, quality, memory, and an answer",
+        profile_words,
+        run_profile,
     ),
     "record": (
         "run a pipeline and keep what flows into its networks: data for --calibration",

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from optimize.exporting import export
     from optimize.loading import build, load, verify
     from optimize.profiles.watching import watch
+    from optimize.profiling import profile
     from optimize.quantizing import quantize
     from optimize.recording import record
     from optimize.tools.inspecting import inspect
@@ -28,6 +29,7 @@ _WHERE = {
     "verify": "loading",
     "build": "loading",
     "evaluate": "evaluating",
+    "profile": "profiling",
     "quantize": "quantizing",
     "record": "recording",
     "watch": "profiles.watching",
@@ -58,6 +60,7 @@ __all__ = [
     "export",
     "inspect",
     "load",
+    "profile",
     "quantize",
     "record",
     "verify",

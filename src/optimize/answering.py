@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from optimize.candidates import FLOATS, REFERENCE, candidates_of
 from optimize.errors import InputError, OptimizeError
 from optimize.profiling import PARTIAL, Session, guidance_of, packaged, pipeline_folder, records_of
-from optimize.reporting import write_record
 
 if TYPE_CHECKING:
     from optimize.profiles.schema import Breakdown, Estimate, Limits, PipelineTime, Profile, Row
@@ -24,9 +23,11 @@ STEPS = 25
 
 def answered(session: Session, rows: Sequence[Row], older: Profile | None) -> Profile:
     """The record: rooflines, the answer, where the time goes, time per image, estimates, comparison."""
+    from optimize.compile.bundle import disk_errors
     from optimize.profiles.choosing import choose
     from optimize.profiles.comparing import compare
     from optimize.profiles.limits import limits_of_device
+    from optimize.profiles.reading import RECORD, write_profile
     from optimize.profiles.schema import Profile
 
     request = session.request
@@ -54,9 +55,10 @@ def answered(session: Session, rows: Sequence[Row], older: Profile | None) -> Pr
     record = record.model_copy(update={"breakdowns": tuple(breakdowns_of(session, record))})
     if older is not None:
         record = record.model_copy(update={"comparison": compare(record, older)})
-    write_record(record, session.folder)
     if session.folder is not None:
-        (session.folder / PARTIAL).unlink(missing_ok=True)
+        with disk_errors(session.folder):
+            write_profile(record, session.folder / RECORD)
+            (session.folder / PARTIAL).unlink(missing_ok=True)
     return record
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,8 @@ COMPILED = ("torch.compile", "torch.compile-max-autotune", "torch.compile-cudagr
 
 class Called:
     """A runner of a plain callable. `bind` gives one call of it; `style` is a row of `compile.compiled.STYLES`."""
+
+    name = "function"
 
     def __init__(self, function: Callable[..., Any], inputs: Any, style: str | None, device: str) -> None:
         self.function, self.inputs, self.style, self.device = function, inputs, style, device
@@ -54,6 +57,9 @@ class Called:
                 return tensors_in(self.function(*args, **words))
 
         return run
+
+    def infer(self, feeds: Any = None) -> dict[str, torch.Tensor]:
+        return self.bind()()
 
     def moved(self) -> tuple[list[Any], dict[str, Any]]:
         def at_home(value: Any) -> Any:
@@ -92,8 +98,8 @@ def profile_callables(what: Any, inputs: Any, request: Request, progress: Progre
     """
     from optimize.profiles.limits import limits_of_device
     from optimize.profiles.machine import Meter, machine_here
+    from optimize.profiles.reading import RECORD, write_profile
     from optimize.profiles.schema import Profile
-    from optimize.reporting import write_record
 
     functions = named(what)
     check(request, inputs)
@@ -113,7 +119,8 @@ def profile_callables(what: Any, inputs: Any, request: Request, progress: Progre
         limits=limits,
         rows=tuple(rows),
     )
-    write_record(record, folder)
+    if folder is not None:
+        write_profile(record, folder / RECORD)
     return record
 
 
@@ -159,7 +166,7 @@ def rows_of_callables(
     for name, function in functions.items():
         for backend in dict.fromkeys(("eager", *backends) if not seats else backends):
             style = None if backend == "eager" else backend
-            seat = CallSeat(lambda f=function, s=style: Called(f, inputs, s, request.device), request.device)
+            seat = CallSeat(partial(Called, function, inputs, style, request.device), request.device)
             progress.say(f"{name}: {backend}")
             loads[name, backend] = seat.open()["load_s"]
             firsts[name, backend] = seat.bind()
