@@ -265,6 +265,13 @@ def inspect_words(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--json", action="store_true")
 
 
+def target_words(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument(
+        "--measure", action="store_true", help="also run copies and matrix products on this CPU, and on its GPU"
+    )
+    json_words(verb)
+
+
 def json_words(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--json", action="store_true")
 
@@ -443,7 +450,10 @@ def run_inspect(args: argparse.Namespace, progress: Progress) -> int:
 def run_targets(args: argparse.Namespace, progress: Progress) -> int:
     from optimize.tools import tables
 
-    tables.show(tables.target_rows(), args.json)
+    rows = tables.target_rows()
+    if args.measure:
+        rows += tables.measured_rows()
+    tables.show(rows, args.json)
     return 0
 
 
@@ -489,7 +499,7 @@ VERBS: dict[str, Verb] = {
         inspect_words,
         run_inspect,
     ),
-    "targets": ("the GPUs that are known, with their figures and sources", json_words, run_targets),
+    "targets": ("the GPUs that are known, with their figures and sources", target_words, run_targets),
     "doctor": ("which backends work here, and why the others do not", json_words, run_doctor),
 }
 

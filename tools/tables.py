@@ -107,6 +107,35 @@ def target_rows() -> list[Row]:
     ]
 
 
+def measured_rows() -> list[Row]:
+    """What was measured here just now, in the columns of `target_rows`; figures that nobody measures are empty."""
+    import torch
+
+    from optimize.profiles.limits import limits_of_device
+    from optimize.profiles.targets import TARGETS
+
+    kinds = list(vars(next(iter(TARGETS.values())).peak))
+    found = [limits_of_device("cpu"), *([limits_of_device("cuda")] if torch.cuda.is_available() else [])]
+    return [
+        {
+            "name": "measured",
+            "device": limits.target,
+            "SM": None,
+            "GiB": None,
+            "GB/s": round(limits.bandwidth_gbs, 1),
+            "W": None,
+            **{f"{p} TFLOP/s": significant(limits.peak_gflops.get(p)) for p in kinds},
+            "source": "measured: " + "; ".join(limits.sources),
+        }
+        for limits in found
+    ]
+
+
+def significant(gflops: float | None) -> float | None:
+    """TFLOP/s with three digits."""
+    return None if gflops is None else float(f"{gflops / 1e3:.3g}")
+
+
 def layer_rows(plan: Mapping[str, Sequence[Layer]]) -> list[Row]:
     """What each layer would become, by component."""
     return [
