@@ -387,7 +387,3 @@ def native_library(provider: str = CPU, *, required: bool = False) -> Path | Non
             raise
         return None
     return library
-
-
-BACKENDS: Mapping[str, Callable[..., OnnxRuntimeRunner]] = {"onnxruntime": OnnxRuntimeRunner}
-"""Backend name -> a runner of an artifact's file."""

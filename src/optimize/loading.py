@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from optimize.errors import GateError, InputError, MissingError, OptimizeError
+from optimize.errors import GateError, InputError, OptimizeError
 from optimize.progress import Progress
 
 if TYPE_CHECKING:
@@ -16,8 +16,7 @@ if TYPE_CHECKING:
     from optimize.compile.runners import Runner
     from optimize.compile.sources import Source
     from optimize.compile.spec import Axis, Component
-
-BACKENDS = ("onnxruntime", "eager", "aoti")
+    from optimize.profiles.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -27,47 +26,47 @@ class LoadedComponent:
     bundle: Bundle
     record: ComponentRecord
     trust_remote_code: bool = False
+    plan: Plan | None = None
 
     def artifacts(self, kind: str | None = None) -> list[Artifact]:
         return self.bundle.artifacts(self.record.name, kind)
 
-    def runner(self, backend: str = "onnxruntime", precision: str | None = None) -> Runner:
-        """A runner of this component: `onnxruntime` of the ONNX artifact, `aoti` of the AOTInductor package, `eager` of
-        the source itself.
+    def runner(
+        self,
+        backend: str | None = None,
+        precision: str | None = None,
+        *,
+        device: str | None = None,
+        threads: int = 0,
+    ) -> Runner:
+        """A runner of this component on a backend of `compile.backends`: `onnxruntime` of the ONNX artifact, `aoti` of
+        the AOTInductor package, `tensorrt` of this GPU's engine, `eager` and `torch.compile` of the source itself.
 
-        Without `precision` the only one that the bundle has, else fp32. The artifact's digest is checked first. A
-        package is native code that runs here: load one of a bundle that you trust.
+        Without words what the plan chose, where the bundle was loaded with one; else ONNX Runtime. Without `precision`
+        the only one that the bundle has, else fp32. `device` is `cpu` or `cuda`, for backends that run on both;
+        `threads` of a CPU, 0 for all. The artifact's digest is checked first. A package or an engine is native code
+        that runs here: load one of a bundle that you trust.
         Raises InputError for an unknown backend or precision, GateError for a file that is not the proved one,
-        MissingError for a package that was compiled for another machine.
+        MissingError for a backend that is not here, and for a package that was compiled for another machine.
         """
-        from optimize.compile.runners import EagerRunner
-        from optimize.packaging import package_in, runner_in
+        from optimize.deploying import planned_runner, runner_on
 
-        if backend not in BACKENDS:
-            raise InputError(f"unknown backend {backend}", expected="one of " + ", ".join(BACKENDS))
-        if backend == "aoti":
-            return runner_in(self.bundle, package_in(self.bundle, self.record.name, precision))
-        only_packages = self.artifacts("aoti") and not self.artifacts("onnx")
-        artifact = package_in(self.bundle, self.record.name, precision) if only_packages else self.onnx(precision)
-        if backend == "eager":
-            source = component_of(self.bundle, self.record.name, self.trust_remote_code)
-            made_of = str(artifact.spec.get("base", artifact.id))  # a quantized one is eager in its base's precision
-            return EagerRunner(source, made_of.split("/")[1])
-        return self.runner_of(artifact)
+        if self.plan is not None and backend is None and precision is None:
+            part = self.plan.parts.get(self.record.name)
+            if part is None:
+                raise InputError(
+                    f"the plan says nothing of {self.record.name}",
+                    got=", ".join(self.plan.parts),
+                    mend="name a backend, or profile all components",
+                )
+            return planned_runner(self, part, self.plan)
+        return runner_on(self, backend or "onnxruntime", precision, device, threads)
 
     def runner_of(self, artifact: Artifact) -> Runner:
         """ONNX Runtime of one ONNX artifact, whose digest is checked first."""
-        from optimize.compile.runners import BACKENDS as RUNNERS
-        from optimize.receipts import simulation
+        from optimize.deploying import runner_of_artifact
 
-        if artifact.spec["precision"] == "bf16":
-            raise MissingError(
-                "ONNX Runtime's CPU provider has no bf16 kernels", mend="use fp32 or fp16, or an engine on a GPU"
-            )
-        for parent in artifact.parents:
-            self.bundle.check(self.bundle.manifest.artifacts[parent])
-        self.bundle.check(artifact)
-        return RUNNERS["onnxruntime"](self.bundle.path(artifact), entries=simulation(str(artifact.spec["precision"])))
+        return runner_of_artifact(self.bundle, artifact, "onnxruntime", "cpu")
 
     def onnx(self, precision: str | None = None) -> Artifact:
         """The ONNX artifact of a precision."""
@@ -89,11 +88,11 @@ class LoadedComponent:
 class LoadedBundle(Mapping[str, LoadedComponent]):
     """A bundle as a mapping from component names: `optimize.load(DIR)["unet"].runner("onnxruntime")`."""
 
-    def __init__(self, bundle: Bundle, trust_remote_code: bool = False) -> None:
-        self.bundle, self.trust_remote_code = bundle, trust_remote_code
+    def __init__(self, bundle: Bundle, trust_remote_code: bool = False, plan: Plan | None = None) -> None:
+        self.bundle, self.trust_remote_code, self.plan = bundle, trust_remote_code, plan
 
     def __getitem__(self, name: str) -> LoadedComponent:
-        return LoadedComponent(self.bundle, self.bundle.component(name), self.trust_remote_code)
+        return LoadedComponent(self.bundle, self.bundle.component(name), self.trust_remote_code, self.plan)
 
     def __iter__(self) -> Any:
         return iter(self.bundle.manifest.components)
@@ -102,14 +101,24 @@ class LoadedBundle(Mapping[str, LoadedComponent]):
         return len(self.bundle.manifest.components)
 
 
-def load(folder: Path | str, *, trust_remote_code: bool = False) -> LoadedBundle:
+def load(folder: Path | str, *, plan: Any = None, trust_remote_code: bool = False) -> LoadedBundle:
     """Opens a bundle for use. Raises InputError for a folder that is none.
 
+    `plan` is the answer of a profile (the file that `optimize profile --plan FILE` wrote, or the record itself): each
+    component's `runner()` is what it chose then. It is refused where the bundle, the kind of device or a backend is not
+    what it was measured with (`deploying.check_plan`).
     `trust_remote_code` allows the `eager` runner of a bundle whose source is Python code (see `component_of`).
     """
     from optimize.compile.bundle import Bundle
 
-    return LoadedBundle(Bundle.read(Path(folder)), trust_remote_code)
+    loaded = LoadedBundle(Bundle.read(Path(folder)), trust_remote_code)
+    if plan is not None:
+        from optimize.deploying import check_plan
+        from optimize.profiles.plan import plan_from
+
+        loaded.plan = plan_from(plan)
+        check_plan(loaded, loaded.plan)
+    return loaded
 
 
 def component_of(bundle: Bundle, name: str, trust_remote_code: bool = False) -> Component:

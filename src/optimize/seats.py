@@ -142,30 +142,17 @@ def seat_of(job: Job) -> Seat:
 
 
 def runner_of_job(job: Job) -> Runner:
-    from optimize.compile.backends import BACKENDS, Subject, runner_of
-    from optimize.loading import load, recorded_component
-    from optimize.receipts import simulation
+    from optimize.compile.backends import Subject, runner_of
+    from optimize.deploying import runner_of_artifact
+    from optimize.loading import load
 
-    takes = BACKENDS[job.backend].takes
-    if job.folder is None or takes == "module" or job.path is not None:
-        path, component = Path(job.path) if job.path else None, component_of_job(job)
-        component.build()  # imports what the model is made of, so that loading is timed without
-        return runner_of(job.backend, Subject(component, job.base, path, job.device, job.threads))
-    loaded = load(job.folder, trust_remote_code="remote code" in job.trust)
-    artifact = loaded.bundle.manifest.artifacts[str(job.artifact)]
-    for parent in artifact.parents:
-        loaded.bundle.check(loaded.bundle.manifest.artifacts[parent])
-    loaded.bundle.check(artifact)
-    subject = Subject(
-        recorded_component(loaded.bundle, job.component),
-        job.base,
-        loaded.bundle.path(artifact),
-        job.device,
-        job.threads,
-        str(artifact.spec.get("flavour", "tensorrt")),
-        simulation(job.base),
-    )
-    return runner_of(job.backend, subject)
+    if job.folder is not None and job.artifact is not None:
+        bundle = load(job.folder, trust_remote_code="remote code" in job.trust).bundle
+        artifact = bundle.manifest.artifacts[job.artifact]
+        return runner_of_artifact(bundle, artifact, job.backend, job.device, job.threads)
+    path, component = Path(job.path) if job.path else None, component_of_job(job)
+    component.build()  # imports what the model is made of, so that loading is timed without
+    return runner_of(job.backend, Subject(component, job.base, path, job.device, job.threads))
 
 
 def component_of_job(job: Job) -> Component:

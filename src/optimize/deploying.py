@@ -1,0 +1,131 @@
+"""Runners of what a bundle has, on any backend; and a plan's choice of them, held to what it was made of."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from optimize.errors import GateError, InputError, MissingError
+
+if TYPE_CHECKING:
+    from optimize.compile.bundle import Bundle
+    from optimize.compile.records import Artifact
+    from optimize.compile.runners import Runner
+    from optimize.loading import LoadedBundle, LoadedComponent
+    from optimize.profiles.plan import Part, Plan
+
+
+def runner_on(
+    loaded: LoadedComponent, backend: str, precision: str | None, device: str | None, threads: int = 0
+) -> Runner:
+    """A runner of a component on a backend; `device` is what the backend runs on, where there is one alone, else the
+    CPU. Raises as `LoadedComponent.runner` says."""
+    from optimize.compile.backends import Subject, backend_from_name, runner_of
+    from optimize.loading import component_of
+
+    found = backend_from_name(backend)
+    device = device or ("cpu" if "cpu" in found.devices else "cuda")
+    artifact = artifact_for(loaded, found.takes, precision)
+    if found.takes != "module":
+        return runner_of_artifact(loaded.bundle, artifact, backend, device, threads)
+    component = component_of(loaded.bundle, loaded.record.name, loaded.trust_remote_code)
+    made_of = str(artifact.spec.get("base", artifact.id))  # a quantized one is eager in its base's precision
+    return runner_of(backend, Subject(component, made_of.split("/")[1], None, device, threads))
+
+
+def artifact_for(loaded: LoadedComponent, takes: str, precision: str | None) -> Artifact:
+    """The artifact of a precision that a backend takes; for the module itself the one that names the precision."""
+    from optimize.packaging import package_in
+
+    only_packages = loaded.artifacts("aoti") and not loaded.artifacts("onnx")
+    if takes == "aoti" or (takes == "module" and only_packages):
+        return package_in(loaded.bundle, loaded.record.name, precision)
+    return engine_in(loaded, precision) if takes == "engine" else loaded.onnx(precision)
+
+
+def engine_in(loaded: LoadedComponent, precision: str | None) -> Artifact:
+    """The engine for this machine's GPU."""
+    from optimize.compile.tensorrt import current_gpu
+
+    device, sm = current_gpu()
+    here = {str(a.spec["precision"]): a for a in loaded.artifacts("engine") if a.spec["sm"] == sm}
+    wanted = precision or (next(iter(here)) if len(here) == 1 else "fp32")
+    if wanted not in here:
+        raise InputError(
+            f"{loaded.record.name} has no engine in {wanted} for {device} (SM{sm})",
+            got=", ".join(a.id for a in loaded.artifacts("engine")) or "none",
+            mend=f"optimize build {loaded.bundle.root} --target current --precision {wanted}",
+        )
+    return here[wanted]
+
+
+def runner_of_artifact(bundle: Bundle, artifact: Artifact, backend: str, device: str, threads: int = 0) -> Runner:
+    """A file of the bundle on a backend; its digest, and those of what it reads, are checked first."""
+    from optimize.compile.backends import Subject, runner_of
+    from optimize.loading import recorded_component
+    from optimize.receipts import simulation
+
+    precision = str(artifact.spec["precision"])
+    if precision == "bf16" and backend == "onnxruntime":
+        raise MissingError(
+            "ONNX Runtime's CPU provider has no bf16 kernels", mend="use fp32 or fp16, or an engine on a GPU"
+        )
+    for parent in artifact.parents:
+        bundle.check(bundle.manifest.artifacts[parent])
+    bundle.check(artifact)
+    subject = Subject(
+        recorded_component(bundle, artifact.component),
+        precision,
+        bundle.path(artifact),
+        str(artifact.spec.get("device", device)),
+        threads,
+        str(artifact.spec.get("flavour", "tensorrt")),
+        simulation(precision),
+    )
+    return runner_of(backend, subject)
+
+
+# --- plans -----------------------------------------------------------------------------------------------------------
+
+
+def check_plan(loaded: LoadedBundle, plan: Plan) -> None:
+    """Raises InputError for the plan of another bundle, GateError where an artifact is another one by now, MissingError
+    where this machine is not of the kind that the plan was measured on, or lacks a backend."""
+    from optimize.compile.backends import backend_from_name, device_from_word
+
+    bundle = loaded.bundle
+    if plan.source != bundle.manifest.source:
+        raise InputError(
+            "the plan is of another bundle", got=plan.source, expected=bundle.manifest.source, mend="profile this one"
+        )
+    device_from_word(plan.device)
+    for name, part in plan.parts.items():
+        bundle.component(name)
+        if why := backend_from_name(part.backend).why_not(plan.device):
+            raise MissingError(
+                f"the plan runs {name} on {part.backend}, which is not here",
+                got=why,
+                expected="what it was measured with",
+                mend="install it, or profile on this machine: nothing stands in for it unasked",
+            )
+        check_part(bundle, name, part)
+
+
+def check_part(bundle: Bundle, name: str, part: Part) -> None:
+    if part.artifact is None:
+        return
+    artifact = bundle.manifest.artifacts.get(part.artifact)
+    if artifact is None or artifact.sha256 != part.sha256:
+        raise GateError(
+            f"the plan's artifact of {name} is not in the bundle any more",
+            got=f"{part.artifact}: " + (f"sha256 {artifact.sha256}" if artifact else "none"),
+            expected=f"sha256 {part.sha256}",
+            mend="profile again: the figures that the plan stands on are of another file",
+        )
+
+
+def planned_runner(loaded: LoadedComponent, part: Part, plan: Plan) -> Runner:
+    """What the plan chose for this component."""
+    if part.artifact is not None:
+        artifact = loaded.bundle.manifest.artifacts[part.artifact]
+        return runner_of_artifact(loaded.bundle, artifact, part.backend, plan.device, plan.threads)
+    return runner_on(loaded, part.backend, part.precision, plan.device, plan.threads)
