@@ -73,6 +73,7 @@ RECASTS: Mapping[str, Recast] = {
     "bf16": Recast("bf16", "bf16", 2, 2),
     "fp8": Recast("fp8", "fp16", 2, 1, "every product by weights is in fp8, the rest in fp16"),
     "int8": Recast("int8", "fp16", 2, 1, "every product by weights is in int8, the rest in fp16"),
+    "int8-dynamic": Recast("int8", "fp16", 2, 1, "products by weights are in int8 (scales are free), the rest in fp16"),
     "int8-weight": Recast("fp16", "fp16", 2, 1, "weights are int8 in memory, products are in fp16"),
     "int4-weight": Recast("fp16", "fp16", 2, 0.5, "weights are int4 in memory (scales left out), products are in fp16"),
 }  # fmt: skip

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any, Literal, Self
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from optimize.compile.records import Record
 
@@ -170,7 +170,7 @@ class Work(Record):
     weight_bytes: float
     how: str
     unfused_bytes: float | None = None
-    flops_by_type: dict[str, float] = {}
+    flops_by_type: dict[str, float] = Field(default_factory=dict)
 
 
 class Roofline(Record):

@@ -92,10 +92,19 @@ def profile_torch(runner: Runner, feeds: Feeds, runs: int, trace: Path | None) -
             prof = recorded(run, runs, wait, cuda)
     if trace is not None:
         prof.export_chrome_trace(str(trace))
-    told = (
-        "torch.profiler, modules marked by hooks" if module is not None else "torch.profiler, kernels of compiled code"
+    found = list(runs_of(prof, cuda, origins))[WARM:]
+    return Profiled(found, told(found, module is not None, cuda), unprofiled, trace)
+
+
+def told(runs: Sequence[Run], marked: bool, cuda: bool) -> str:
+    if marked:
+        return "torch.profiler, modules marked by hooks"
+    if cuda or any("fused" in p.kernel or "aoti_torch_" in p.kernel for r in runs for p in r.pieces):
+        return "torch.profiler, kernels of compiled code"
+    return (
+        "torch.profiler; this package was compiled without its kernels' names (cpp.enable_kernel_profile), so most of "
+        "what it computes counts as outside"
     )
-    return Profiled(list(runs_of(prof, cuda, origins))[WARM:], told, unprofiled, trace)
 
 
 @contextlib.contextmanager
@@ -175,8 +184,10 @@ def outermost(event: Any, module: str = "", region: str = "") -> Iterator[tuple[
             yield from outermost(child, child.name.removeprefix(MODULE), region)
         elif child.cpu_children and child.name.startswith(WRAPPERS):
             yield from outermost(child, module, child.name if child.name.startswith(REGION) else region)
-        elif "::" in child.name or "fused" in child.name or "kernel" in child.name:
+        elif any(word in child.name for word in ("::", "fused", "kernel", "aoti_torch_")):
             yield child, module, region
+        else:
+            yield from outermost(child, module, region)
 
 
 def pieces_of(top: Any, module: str, cuda: bool) -> Iterator[Piece]:

@@ -207,6 +207,23 @@ def test_compiled_kernels_find_their_modules(style: str) -> None:
     assert any("fused" in o.kernel and o.operator == "norm" for o in found.operators)
 
 
+def test_a_package_shows_its_kernels(tmp_path: Path) -> None:
+    """AOTInductor calls products past torch's dispatcher: only a package that is compiled with its kernels' names shows
+    them, and one without says so."""
+    from torch._inductor import config
+
+    from optimize.compile.aoti import AotiRunner, package_from_component
+    from optimize.profiles.torch_profile import told
+
+    with config.patch({"cpp.enable_kernel_profile": True}):
+        package_from_component(heavy(), "fp32", tmp_path / "heavy.pt2")
+    found = broken_down(AotiRunner(tmp_path / "heavy.pt2", heavy()), X)
+    check_sums(found)
+    assert found.outside_ms < 0.3 * found.run_ms
+    assert sum(o.ms for o in found.operators if o.operator == "matmul") > 0.5 * found.run_ms
+    assert "without its kernels' names" in told([], marked=False, cuda=False)
+
+
 def test_paths_of_compiled_modules() -> None:
     path = compiled_code.path_of
     assert path("L['self']._modules['module']._modules['blocks']._modules['0']") == "blocks.0"
