@@ -43,9 +43,9 @@ class LoadedComponent:
         the AOTInductor package, `tensorrt` of this GPU's engine, `eager` and `torch.compile` of the source itself.
 
         Without words what the plan chose, where the bundle was loaded with one; else ONNX Runtime's. Without
-        `precision` the only one that the bundle has, else fp32. `device` is `cpu` or `cuda`, for backends that run on both;
-        `threads` of a CPU, 0 for all. The artifact's digest is checked first. A package or an engine is native code
-        that runs here: load one of a bundle that you trust.
+        `precision` the only one that the bundle has, else fp32. `device` is `cpu` or `cuda`, for backends that run on
+        both; `threads` of a CPU, 0 for all. The artifact's digest is checked first. A package or an engine is native
+        code that runs here: load one of a bundle that you trust.
         Raises InputError for an unknown backend or precision, GateError for a file that is not the proved one,
         MissingError for a backend that is not here, and for a package that was compiled for another machine.
         """
