@@ -1,0 +1,291 @@
+"""What each section of the report's page shows, as words and shares that a template lays out. None: nothing to show."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from optimize.profiles.schema import Pick, Profile, Row
+
+from .report_charts import pareto_figures, roofline_figures
+from .report_words import (
+    colour_of,
+    cosine,
+    decibels,
+    fastest,
+    groups,
+    milliseconds,
+    money,
+    number,
+    percent,
+    seconds,
+    shapes_of,
+    size,
+    sizes_words,
+    snr_of,
+    timed,
+    times,
+    wait_s,
+)
+
+View = dict[str, Any]
+
+
+# --- the answer ------------------------------------------------------------------------------------------------------
+
+
+def answer(profile: Profile) -> View | None:
+    choice = profile.choice
+    cards = [pick_card(profile, p) for p in choice.picks] if choice else fastest_cards(profile)
+    if not cards and choice is None:
+        return None
+    return {
+        "cards": cards,
+        "chosen": choice is not None,
+        "wishes": choice.wishes if choice else [],
+        "met": choice.met if choice else True,
+        "missed": choice.missed if choice else (),
+        "pipeline": pipeline_fact(profile),
+        "cost": cost_facts(profile),
+    }
+
+
+def pick_card(profile: Profile, pick: Pick) -> View:
+    same = (pick.component, pick.shape, pick.backend, pick.precision)
+    row = next((r for r in profile.rows if (r.component, r.shape, r.backend, r.precision) == same), None)
+    return {
+        "component": pick.component,
+        "shape": pick.shape,
+        "backend": pick.backend,
+        "precision": pick.precision,
+        "colour": colour_of(pick.backend),
+        "latency": milliseconds(pick.latency_ms),
+        "speed": speed_words(row),
+        "quality": quality_words(row, pick.cosine),
+        "memory": size(pick.memory_bytes) if pick.memory_bytes is not None else "",
+        "why": pick.why,
+        "runner_up": pick.runner_up,
+        "state": row.state if row else "",
+    }
+
+
+def fastest_cards(profile: Profile) -> list[View]:
+    """Nothing was asked for: the fastest measured candidate of each, called so."""
+    winners = [(w, rows) for _, _, rows in groups(profile) if (w := fastest(rows))]
+    cards = []
+    for row, rows in winners:
+        after = [r for r in timed(rows) if r.state == "measured" and r is not row]
+        memory = (row.memory.device or row.memory.host) if row.memory else None
+        pick = Pick(
+            component=row.component,
+            shape=row.shape,
+            backend=row.backend,
+            precision=row.precision,
+            latency_ms=row.timing.median_ms if row.timing else 0,
+            cosine=row.quality.cosine if row.quality else None,
+            memory_bytes=memory,
+            why="the fastest that was measured; no wish for quality or memory was given",
+            runner_up=f"{after[0].candidate}, {milliseconds(after[0].timing.median_ms)}"
+            if after and after[0].timing
+            else "",
+        )
+        cards.append(pick_card(profile, pick))
+    return cards
+
+
+def speed_words(row: Row | None) -> str:
+    """Against the reference of its ratio, which names itself."""
+    if row is None or row.ratio is None or row.candidate == row.ratio.to:
+        return ""
+    ratio, to = row.ratio.value, row.ratio.to
+    return f"{number(1 / ratio)}x faster than {to}" if ratio < 1 else f"{number(ratio)}x slower than {to}"
+
+
+def quality_words(row: Row | None, value: float | None) -> str:
+    if value is None:
+        return f"SNR {decibels(snr_of(row))}" if row is not None and snr_of(row) is not None else ""
+    return f"cosine {cosine(value)}" + (f" · SNR {decibels(snr_of(row))}" if row is not None else "")
+
+
+def pipeline_fact(profile: Profile) -> View | None:
+    time = profile.choice.pipeline if profile.choice else None
+    if time is None:
+        return None
+    per = f"{time.steps} steps, {'with' if time.guidance else 'without'} guidance, {time.shape}"
+    measured = f"{milliseconds(time.measured_ms)} measured end to end" if time.measured_ms else ""
+    return {"time": milliseconds(time.composed_ms), "per": per, "measured": measured}
+
+
+def cost_facts(profile: Profile) -> list[tuple[str, str]]:
+    cost = profile.choice.cost if profile.choice else None
+    if cost is None or profile.choice is None:
+        return []
+    what = "images" if profile.choice.pipeline else "runs"
+    facts = [(money(cost.per_1000, cost.currency), f"per 1000 {what} at {money(cost.price_per_hour, cost.currency)}/h")]
+    if cost.per_month is not None:
+        load = f" for {cost.load_per_second:g} {what} a second" if cost.load_per_second else ""
+        machines = f" on {cost.machines} machine{'s' * (cost.machines != 1)}" if cost.machines else ""
+        facts.append((money(cost.per_month, cost.currency), f"per month{load}{machines}"))
+    return facts
+
+
+# --- what to know before believing it --------------------------------------------------------------------------------
+
+
+def notes(profile: Profile) -> View | None:
+    load, found = profile.load, []
+    if load.busy:
+        found.append(("bad", "The machine was busy", f"{percent(load.others)} of its cores went to other processes and "
+                      f"{percent(load.stolen)} to other guests of the host: figures are suspect."))  # fmt: skip
+    if load.gpu_throttled:
+        found.append(("bad", "The GPU was throttled", ", ".join(load.gpu_throttled)))
+    unsure = [r for r in profile.rows if r.state == "inconclusive"]
+    if unsure:
+        names = ", ".join(f"{r.component} {r.candidate} ({r.shape})" for r in unsure)
+        found.append(("warn", f"{len(unsure)} of {len(profile.rows)} inconclusive", f"{names}: measured, but not "
+                      "stable enough to be ranked. They win nothing."))  # fmt: skip
+    failed = [r for r in profile.rows if r.state == "failed"]
+    if failed:
+        names = ", ".join(f"{r.component} {r.candidate} ({r.shape})" for r in failed)
+        found.append(("warn", f"{len(failed)} failed", f"{names}: the reasons stand below the latencies."))
+    found += [("note", "Note", text) for text in profile.notes]
+    return {"notes": found} if found else None
+
+
+# --- latency ---------------------------------------------------------------------------------------------------------
+
+
+def latency(profile: Profile) -> View | None:
+    charts = []
+    for component, shape, rows in groups(profile):
+        shown = timed(rows)
+        most = max((r.timing.p90_ms for r in shown if r.timing), default=0.0) or 1.0
+        charts.append(
+            {
+                "component": component,
+                "shape": shape,
+                "sizes": sizes_words(rows[0].sizes),
+                "bars": [latency_bar(r, most, r is fastest(rows)) for r in shown],
+                "without": [r for r in rows if r.timing is None],
+            }
+        )
+    reference = ", ".join(dict.fromkeys(r.ratio.to for r in profile.rows if r.ratio))
+    return {"charts": charts, "reference": reference} if charts else None
+
+
+def latency_bar(row: Row, most: float, wins: bool) -> View:
+    t = row.timing
+    assert t is not None
+    lines = [
+        f"{row.component} · {row.candidate}",
+        f"median {milliseconds(t.median_ms)} of {t.runs} runs ({t.clock})",
+        f"p10 {milliseconds(t.p10_ms)} · p90 {milliseconds(t.p90_ms)} · p99 {milliseconds(t.p99_ms)}",
+        f"spread of rounds {percent(t.spread)} · drift {percent(t.drift)}",
+    ]
+    if row.ratio:
+        ratio = row.ratio
+        lines.append(f"{number(ratio.value)} of {ratio.to} ({number(ratio.low)} to {number(ratio.high)})")
+    if row.throughput_per_s:
+        lines.append(f"{number(row.throughput_per_s)} per second")
+    if row.state != "measured":
+        lines.append(f"{row.state}: {row.why}" if row.why else row.state)
+    lines += row.notes
+    return {
+        "backend": row.backend,
+        "precision": row.precision,
+        "colour": colour_of(row.backend),
+        "width": share(t.median_ms, most),
+        "low": share(t.p10_ms, most),
+        "high": share(t.p90_ms, most),
+        "text": milliseconds(t.median_ms),
+        "speed": times(row.ratio.value) if row.ratio else "",
+        "wins": wins,
+        "unsure": row.state != "measured",
+        "tip": "\n".join(lines),
+    }
+
+
+def share(value: float, most: float) -> float:
+    """Percent of a bar's room."""
+    return round(min(max(100 * value / most, 0.0), 100.0), 3) if most > 0 else 0.0
+
+
+# --- charts ----------------------------------------------------------------------------------------------------------
+
+
+def charts_of(kind: str, figures: Callable[[Profile], list[tuple[str, str, Any]]]) -> Callable[[Profile], View | None]:
+    def view(profile: Profile) -> View | None:
+        charts = [
+            {"id": f"{kind}-{i}", "component": component, "shape": shape, "figure": made}
+            for i, (component, shape, made) in enumerate(figures(profile))
+        ]
+        return {"charts": charts, "limits": profile.limits} if charts else None
+
+    return view
+
+
+pareto = charts_of("pareto", pareto_figures)
+roofline = charts_of("roofline", roofline_figures)
+
+
+# --- before the first run, memory ------------------------------------------------------------------------------------
+
+STEPS: Mapping[str, str] = {"load": "#868e96", "compile or build": "#d55e00", "first run": "#56b4e9"}
+
+
+def preparation(profile: Profile) -> View | None:
+    charts = []
+    for component, shape, rows in groups(profile):
+        ready = [(r, r.preparation) for r in rows if r.preparation]
+        parts = [(r, (p.load_s, wait_s(r) or 0.0, p.first_ms / 1e3), p) for r, p in ready]
+        most = max((sum(times_) for _, times_, _ in parts), default=0.0)
+        bars = []
+        for row, took, ready_ in sorted(parts, key=lambda item: sum(item[1])):
+            words = [f"{name} {seconds(s)}" for name, s in zip(STEPS, took, strict=True)]
+            if ready_.artifact_bytes:
+                words.append(f"artifact {size(ready_.artifact_bytes)}")
+            if ready_.cached:
+                words.append("a compiler's cache on disk was used")
+            pieces = [
+                {"width": share(s, most), "colour": colour} for s, colour in zip(took, STEPS.values(), strict=True)
+            ]
+            bars.append(
+                {
+                    "backend": row.backend, "precision": row.precision, "colour": colour_of(row.backend),
+                    "pieces": pieces, "text": seconds(sum(took)) + (" cached" if ready_.cached else ""),
+                    "tip": "\n".join([row.candidate, *words]),
+                }
+            )  # fmt: skip
+        if bars:
+            charts.append({"component": component, "shape": shape, "bars": bars})
+    return {"charts": charts, "legend": STEPS} if charts else None
+
+
+def memory(profile: Profile) -> View | None:
+    charts = []
+    for component, shape, rows in groups(profile):
+        known = [(r, r.memory) for r in rows if r.memory and (r.memory.host or r.memory.device)]
+        most = max((max(m.host or 0, m.device or 0) for _, m in known), default=0)
+        bars = [
+            {
+                "backend": r.backend, "precision": r.precision, "colour": colour_of(r.backend),
+                "pieces": [{"width": share(value, most), "colour": colour_of(r.backend)}],
+                "text": f"{size(value)} {where}", "tip": f"{r.candidate}\npeak on the {where}: {size(value)}",
+            }
+            for r, m in sorted(known, key=lambda item: (item[1].device or 0, item[1].host or 0))
+            for where, value in (("device", m.device), ("host", m.host))
+            if value
+        ]  # fmt: skip
+        if bars:
+            charts.append({"component": component, "shape": shape, "bars": bars})
+    return {"charts": charts} if charts else None
+
+
+def shape_pills(profile: Profile) -> list[str]:
+    shapes = shapes_of(profile)
+    return shapes if len(shapes) > 1 else []
+
+
+def slug(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9_-]+", "-", text)
