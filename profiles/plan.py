@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from optimize.compile.records import Record
 from optimize.errors import InputError
 
-from .reading import write_whole
+from .reading import profile_from_file, write_whole
 from .schema import Profile
 
 SCHEMA = 1
@@ -83,20 +83,24 @@ def plan_from(what: Any) -> Plan:
         return what
     if isinstance(what, Profile):
         return plan_of(what)
-    path = Path(what)
+    path, expected = Path(what), "a file that `optimize profile --plan FILE` wrote"
     try:
-        data = json.loads(path.read_text())
+        data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:
+        raise InputError(f"{path} is no plan", got=e, expected=expected, mend="write it anew") from e
+    if isinstance(data, dict) and "rows" in data:
+        return plan_of(profile_from_file(path))
+    found = data.get("schema_version") if isinstance(data, dict) else None
+    if found != SCHEMA:
         raise InputError(
-            f"{path} is no plan",
-            got=e,
-            expected="a file that `optimize profile --plan FILE` wrote",
+            f"{path} is no plan of this version",
+            got="no schema_version" if found is None else f"schema_version {found}",
+            expected=f"{expected}, of schema_version {SCHEMA}",
             mend="write it anew",
-        ) from e
+        )
     try:
-        return plan_of(Profile.model_validate(data)) if "rows" in data else Plan.model_validate(data)
+        return Plan.model_validate(data)
     except ValidationError as e:
         first = e.errors()[0]
-        raise InputError(
-            f"{path} is no plan", got=f"{'.'.join(map(str, first['loc']))}: {first['msg']}", expected="a whole plan"
-        ) from e
+        where = ".".join(map(str, first["loc"]))
+        raise InputError(f"{path} is no plan", got=f"{where}: {first['msg']}", expected=expected) from e

@@ -6,11 +6,14 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from optimize.errors import InputError
-from optimize.quantize.measures import Budget, budget_from_text
 
-from .schema import Row
+if TYPE_CHECKING:
+    from optimize.quantize.measures import Budget
+
+    from .schema import Row
 
 PERCENTILES: Mapping[str, str] = {
     "median": "median_ms",
@@ -33,6 +36,7 @@ SECONDS: Mapping[str, float] = {
     "day": 86400.0,
     "month": 730 * 3600.0,
 }
+BYTES: Mapping[str, float] = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 
 
 @dataclass(frozen=True)
@@ -69,11 +73,15 @@ def wishes_from_words(
     *,
     slo: Sequence[str] = (),
     quality: Sequence[str] = (),
-    memory: int | None = None,
+    memory: int | str | None = None,
     price_per_hour: float | None = None,
     load: str | None = None,
 ) -> Wishes:
-    """Checks the words of the command line. Raises InputError for what cannot be understood or met by nothing."""
+    """Checks the words of the command line. `memory` is bytes, or words such as `16GiB`.
+
+    Raises InputError for what cannot be understood or met by nothing.
+    """
+    memory = bytes_from_text(memory) if isinstance(memory, str) else memory
     for word, value in (("memory", memory), ("price-per-hour", price_per_hour)):
         if value is not None and not (value > 0 and math.isfinite(value)):
             raise InputError(f"--{word} is no such thing", got=value, expected="a number above zero")
@@ -101,13 +109,15 @@ def slo_from_text(text: str) -> Slo:
             expected=f"{'|'.join(PERCENTILES)}, < or <=, a time in us, ms or s",
             mend="such as --slo 'p95<100ms'",
         ) from e
-    if figure not in PERCENTILES or limit <= 0:
+    if figure not in PERCENTILES or not 0 < limit < math.inf:
         raise InputError("--slo asks for something else", got=text, expected=", ".join(PERCENTILES) + " above zero")
     return Slo(figure, sign, limit)
 
 
 def quality_from_text(text: str) -> Budget:
     """`cosine>=0.999`."""
+    from optimize.quantize.measures import budget_from_text
+
     try:
         return budget_from_text(text, dict.fromkeys(QUALITY, ">="))
     except InputError as e:
@@ -128,17 +138,51 @@ def load_from_text(text: str) -> float:
         raise InputError(
             "--load was not understood", got=text, expected="N/" + "|".join(SECONDS), mend="such as --load 200000/day"
         ) from e
-    if found <= 0:
-        raise InputError("--load is nothing", got=text, expected="a number above zero")
+    if not 0 < found < math.inf:
+        raise InputError("--load is no such thing", got=text, expected="a number above zero")
     return found
 
 
-def quality_misses(row: Row, wishes: Wishes) -> list[tuple[float, str]]:
-    """(how far, in words) of each wish about quality that this row does not meet."""
+def bytes_from_text(text: str) -> int:
+    """`1.5GiB` or `800MB` -> bytes; a bare number is bytes."""
+    number = text.lower().removesuffix("b").rstrip("kmgi")
+    try:
+        size = int(float(number) * BYTES[text.lower().removesuffix("b")[len(number) :]])
+    except (ValueError, KeyError, OverflowError) as e:
+        raise InputError(f"{text} is no size", got=text, expected="such as 1.5GiB or 800MB") from e
+    if size < 0:
+        raise InputError(f"{text} is below zero", got=text, expected="such as 1.5GiB or 800MB")
+    return size
+
+
+Miss = tuple[float, str]
+"""How far a wish is from being met, as a share of what it asks for; and that in words."""
+
+
+def quality_misses(row: Row, wishes: Wishes) -> list[Miss]:
+    """Every wish about quality that this row does not meet."""
     missed = []
     for budget in wishes.quality:
         value = getattr(row.quality, QUALITY[budget.figure]) if row.quality else math.nan
-        if not budget.met(value):
-            far = abs(budget.limit - value) / max(abs(budget.limit), 1e-9) if not math.isnan(value) else 1.0
+        if math.isnan(value):
+            missed.append((1.0, f"{budget.figure} was not measured, or is not a number"))
+        elif not budget.met(value):
+            far = min(1.0, abs(budget.limit - value) / max(abs(budget.limit), 1e-9))
             missed.append((far, f"{budget.figure} {value:.6g}, not {budget.sign}{budget.limit:.10g}"))
     return missed
+
+
+def slo_misses(times: Mapping[str, float], what: str, wishes: Wishes) -> list[Miss]:
+    """Every wish about latency that these times, in milliseconds by figure, do not meet. `what` has them."""
+    return [
+        (times[slo.figure] / slo.limit_ms - 1 + 1e-9, f"{what}{slo.figure} {times[slo.figure]:.4g} ms, not {slo}")
+        for slo in wishes.slo
+        if not slo.met(times[slo.figure])
+    ]
+
+
+def memory_misses(peak: int, wishes: Wishes) -> list[Miss]:
+    """The wish about memory, where a peak of so many bytes does not meet it."""
+    if wishes.memory is None or peak <= wishes.memory:
+        return []
+    return [(peak / wishes.memory - 1, f"memory {peak / 2**20:.0f} MiB, not <={wishes.memory / 2**20:.0f} MiB")]

@@ -137,15 +137,13 @@ def memory_words(verb: argparse.ArgumentParser) -> None:
 
 
 def size_in_bytes(text: str) -> int:
-    units = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
-    number = text.lower().removesuffix("b").rstrip("kmgi")
+    from optimize.errors import InputError
+    from optimize.profiles.wishes import bytes_from_text
+
     try:
-        size = int(float(number) * units[text.lower().removesuffix("b")[len(number) :]])
-    except (ValueError, KeyError, OverflowError) as e:
-        raise argparse.ArgumentTypeError(f"{text} is no size; 1.5GiB and 800MB are") from e
-    if size < 0:
-        raise argparse.ArgumentTypeError(f"{text} is below zero; 1.5GiB and 800MB are sizes")
-    return size
+        return bytes_from_text(text)
+    except InputError as e:
+        raise argparse.ArgumentTypeError(f"{e.what}; {e.expected}") from e
 
 
 def bundle_words(verb: argparse.ArgumentParser) -> None:
@@ -405,8 +403,8 @@ def run_profile(args: argparse.Namespace, progress: Progress) -> int:
     from optimize.tools import profiling
 
     with others_on_stderr():
-        record = profiling.record_of(args, progress)
-    return profiling.show(record, args)
+        found = profiling.measured(args, progress)
+    return profiling.show(found, args)
 
 
 def run_record(args: argparse.Namespace, progress: Progress) -> int:

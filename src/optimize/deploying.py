@@ -89,7 +89,10 @@ def runner_of_artifact(bundle: Bundle, artifact: Artifact, backend: str, device:
 
 def check_plan(loaded: LoadedBundle, plan: Plan) -> None:
     """Raises InputError for the plan of another bundle, GateError where an artifact is another one by now, MissingError
-    where this machine is not of the kind that the plan was measured on, or lacks a backend."""
+    where this machine is not of the kind that the plan was measured on, or lacks a backend.
+
+    On another machine of the same kind the plan runs, with a warning: its figures are not of there.
+    """
     from optimize.compile.backends import backend_from_name, device_from_word
 
     bundle = loaded.bundle
@@ -107,25 +110,74 @@ def check_plan(loaded: LoadedBundle, plan: Plan) -> None:
                 expected="what it was measured with",
                 mend="install it, or profile on this machine: nothing stands in for it unasked",
             )
-        check_part(bundle, name, part)
+        planned_artifact(bundle, name, part, plan)
+    warn_of_machine(plan)
 
 
-def check_part(bundle: Bundle, name: str, part: Part) -> None:
+def planned_artifact(bundle: Bundle, name: str, part: Part, plan: Plan) -> Artifact | None:
+    """The very file that was measured; None where the part runs the source's own module. A package that was made for
+    the profile alone is the bundle's own package."""
+    from optimize.compile.backends import backend_from_name
+
     if part.artifact is None:
-        return
+        return None if backend_from_name(part.backend).takes == "module" else package_for(bundle, name, part, plan)
     artifact = bundle.manifest.artifacts.get(part.artifact)
-    if artifact is None or artifact.sha256 != part.sha256:
+    if artifact is None or artifact.component != name or artifact.sha256 != part.sha256:
         raise GateError(
             f"the plan's artifact of {name} is not in the bundle any more",
             got=f"{part.artifact}: " + (f"sha256 {artifact.sha256}" if artifact else "none"),
             expected=f"sha256 {part.sha256}",
             mend="profile again: the figures that the plan stands on are of another file",
         )
+    if artifact.kind == "engine":
+        check_engine(artifact)
+    return artifact
+
+
+def package_for(bundle: Bundle, name: str, part: Part, plan: Plan) -> Artifact:
+    for artifact in bundle.artifacts(name, "aoti"):
+        if artifact.spec["precision"] == part.precision and artifact.spec["device"] == plan.device:
+            return artifact
+    raise MissingError(
+        f"the plan runs {name} as an AOTInductor package, which was made for the profile alone",
+        got=", ".join(a.id for a in bundle.artifacts(name)) or "no artifact",
+        expected=f"a package in {part.precision} for {plan.device}",
+        mend=f"optimize export {bundle.manifest.source} --out {bundle.root} --component {name} "
+        f"--precision {part.precision} --format aoti",
+    )
+
+
+def check_engine(artifact: Artifact) -> None:
+    from optimize.compile.tensorrt import current_gpu
+
+    gpu, sm = current_gpu()
+    if artifact.spec["sm"] != sm:
+        raise MissingError(
+            f"the plan's engine {artifact.id} is for another GPU",
+            got=f"{gpu} (SM{sm})",
+            expected=f"SM{artifact.spec['sm']}",
+            mend="optimize build DIR --target current, then profile here",
+        )
+
+
+def warn_of_machine(plan: Plan) -> None:
+    import warnings
+
+    from optimize.profiles.machine import gpu_here, processor
+
+    here = gpu_here().name if plan.device == "cuda" else processor()
+    if not plan.machine.startswith(here):
+        warnings.warn(f"the plan's figures are of {plan.machine}, and this is {here}: profile here too", stacklevel=4)
 
 
 def planned_runner(loaded: LoadedComponent, part: Part, plan: Plan) -> Runner:
     """What the plan chose for this component."""
-    if part.artifact is not None:
-        artifact = loaded.bundle.manifest.artifacts[part.artifact]
-        return runner_of_artifact(loaded.bundle, artifact, part.backend, plan.device, plan.threads)
-    return runner_on(loaded, part.backend, part.precision, plan.device, plan.threads)
+    from optimize.compile.backends import Subject, runner_of
+    from optimize.loading import component_of
+
+    name, bundle = loaded.record.name, loaded.bundle
+    artifact = planned_artifact(bundle, name, part, plan)
+    if artifact is not None:
+        return runner_of_artifact(bundle, artifact, part.backend, plan.device, plan.threads)
+    component = component_of(bundle, name, loaded.trust_remote_code)
+    return runner_of(part.backend, Subject(component, part.precision, None, plan.device, plan.threads))
