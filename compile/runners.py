@@ -249,7 +249,9 @@ class OnnxRuntimeRunner:
         return self
 
     def providers(self) -> list[Any]:
-        if self.device == "cpu":
+        if (
+            self.device == "cpu" or not torch.cuda.is_available()
+        ):  # without a GPU it falls back, and is refused for that
             return [self.provider]
         stream = str(torch.cuda.current_stream().cuda_stream)  # torch's own, so that its events see the work
         return [(self.provider, {"user_compute_stream": stream})]

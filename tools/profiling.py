@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from optimize.profiles.schema import Profile
     from optimize.progress import Progress
 
 
@@ -74,8 +73,8 @@ def answer_words(verb: argparse._ActionsContainer) -> None:
     verb.add_argument("--log", choices=["wandb"], help="log the record to Weights & Biases")
 
 
-def record_of(args: argparse.Namespace, progress: Progress) -> Profile:
-    """Measures what the words ask for."""
+def measured(args: argparse.Namespace, progress: Progress) -> Any:
+    """What the words ask for: a record, or with --dry-run the rows of the plan."""
     from optimize.profiling import profile
 
     return profile(
@@ -106,13 +105,20 @@ def record_of(args: argparse.Namespace, progress: Progress) -> Profile:
         report=args.report,
         allow_pickle=args.allow_pickle,
         trust_remote_code=args.trust_remote_code,
+        dry_run=args.dry_run,
         progress=progress,
     )
 
 
-def show(record: Profile, args: argparse.Namespace) -> int:
+def show(record: Any, args: argparse.Namespace) -> int:
     """Prints the record, and writes what else was asked for. 1 where the wishes are not met."""
-    from optimize.tools import profile_tables
+    from optimize.tools import profile_tables, tables
+
+    if args.dry_run:
+        from optimize.measuring import STEPS
+
+        tables.show(record, args.json, steps=STEPS)
+        return 0
 
     if args.plan is not None:
         from optimize.profiles.plan import write_plan
@@ -126,9 +132,9 @@ def show(record: Profile, args: argparse.Namespace) -> int:
     if args.log == "wandb":
         from optimize.tools.tracking import log_to_wandb
 
-        log_to_wandb(record, args.report)
+        log_to_wandb(record, args.report or args.what)
     if args.json:
         print(json.dumps(record.model_dump(mode="json"), indent=1))
     else:
-        profile_tables.show(record)
+        profile_tables.show_profile(record)
     return 0 if record.choice is None or record.choice.met else 1

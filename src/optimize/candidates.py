@@ -213,6 +213,7 @@ def shapes_from_words(
     Raises InputError for an axis that no component has, and for sizes outside of a component's axes.
     """
     found: dict[str, dict[str, dict[str, int]]] = {name: {} for name in components}
+    encoded = encoded_sizes(components)
     for text in words or ("opt",):
         name, given = shape_from_text(text)
         used = {axis for c in components.values() for axis in c.axes}
@@ -225,12 +226,21 @@ def shapes_from_words(
             )
         for c in components.values():
             which = name if name in AXES_WORDS and not given else "opt"
-            sizes = {n: given.get(n, getattr(a, which)) for n, a in c.axes.items()}
+            usual = {n: encoded.get(n, a.opt) if which == "opt" else getattr(a, which) for n, a in c.axes.items()}
+            sizes = {**usual, **{n: size for n, size in given.items() if n in c.axes}}
             check_sizes(name, sizes, c)
             if name in found[c.name]:
                 raise InputError(f"shape {name} is given twice", got=", ".join(words), expected="a name for each")
             found[c.name][name] = sizes
     return found
+
+
+def encoded_sizes(components: Mapping[str, Component]) -> dict[str, int]:
+    """How many tokens the pipeline's encoders give, where they agree: it is what a denoiser is called with."""
+    tokens = {c.axes["tokens"].opt for c in components.values() if c.role == "text_encoder" and "tokens" in c.axes}
+    takers = [c.axes["tokens"] for c in components.values() if "tokens" in c.axes]
+    size = next(iter(tokens), 0)
+    return {"tokens": size} if len(tokens) == 1 and all(a.min <= size <= a.max for a in takers) else {}
 
 
 def shape_from_text(text: str) -> tuple[str, dict[str, int]]:

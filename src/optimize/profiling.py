@@ -115,8 +115,9 @@ def profile(
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
     isolated: bool = True,
+    dry_run: bool = False,
     progress: Progress | None = None,
-) -> Profile:
+) -> Any:
     """Measures candidates (backend x precision) of each component on this machine, and answers which to deploy.
 
     Args:
@@ -135,9 +136,10 @@ def profile(
         against: an older record to compare with.
         report: folder for `report.html` and `profile.json`; without it, a bundle keeps its record in `DIR/profile`.
         isolated: each candidate in a process of its own, so that it cannot disturb or break the others.
+        dry_run: gives what would be measured, a row for each candidate at each shape, and measures nothing.
 
     Returns:
-        The record. Rows that could not be measured are in it, with the reason.
+        The record (`profiles.schema.Profile`). Rows that could not be measured are in it, with the reason.
 
     Raises:
         InputError: the words are wrong, or sizes are outside of the axes. MissingError: no such device.
@@ -179,6 +181,10 @@ def profile(
         subject = subject_from(what, components, axes, trust)
     older = older_record(against)
     folder = Path(report) if report is not None else subject.folder / FOLDER if subject.folder else None
+    if dry_run:
+        return rows_planned(
+            Session(subject, request, machine_here(device, threads), Path(), None, shown, Meter(device))
+        )
     with workspace(folder) as work:
         session = Session(subject, request, machine_here(device, threads), work, folder, shown, Meter(device))
         found = measured(session)
@@ -242,6 +248,25 @@ def plan(session: Session) -> dict[str, tuple[list[Candidate], dict[str, dict[st
         )
         for name in subject.components
     }
+
+
+def rows_planned(session: Session) -> list[dict[str, Any]]:
+    """What `--dry-run` prints."""
+    return [
+        {
+            "component": name,
+            "shape": shape,
+            "sizes": ", ".join(f"{n}={size}" for n, size in sizes.items()),
+            "backend": c.job.backend,
+            "precision": c.job.precision,
+            "artifact": c.job.artifact or "",
+            "do": "skip" if c.why else "measure",
+            "why": c.why,
+        }
+        for name, (candidates, shapes) in plan(session).items()
+        for shape, sizes in shapes.items()
+        for c in candidates
+    ]
 
 
 def add_guided(session: Session, shapes: dict[str, dict[str, dict[str, int]]]) -> None:
