@@ -28,6 +28,8 @@ from .report_words import (
 
 Figure = dict[str, Any]
 Point = tuple[float, float]
+Box = tuple[float, float, float, float]
+"""Left, lower, right and upper edge."""
 
 TOP_DB = 100.0
 """A relative error of 1e-5. What is nearer is drawn here: in fp32 the order of the sums makes the rest."""
@@ -141,11 +143,8 @@ def text_sides(points: Mapping[str, Point], wanted: Sequence[str]) -> dict[str, 
     taken = [(x - 8, y - 8, x + 8, y + 8) for x, y in points.values()]
     found = {}
     for name in wanted:
-        x, y = points[name]
-        wide = TEXT[0] * (len(name) + 2)
-        for side, (left, low) in SIDES.items():
-            gap = {0.0: 11, -1.0: -11}.get(left, 0)
-            box = (x + left * wide + gap, y + low, x + (left + 1) * wide + gap, y + low + TEXT[1])
+        for side in SIDES:
+            box = text_box(points[name], name, side)
             inside = box[0] >= 0 and box[2] <= PLOT[0] + 14 and box[1] >= 0 and box[3] <= PLOT[1]
             if inside and not any(overlap(box, other) for other in taken):
                 found[name] = side
@@ -154,7 +153,11 @@ def text_sides(points: Mapping[str, Point], wanted: Sequence[str]) -> dict[str, 
     return found
 
 
-Box = tuple[float, float, float, float]
+def text_box(at: Point, text: str, side: str) -> Box:
+    left, low = SIDES[side]
+    gap = {0.0: 11, -1.0: -11}.get(left, 0)
+    wide = TEXT[0] * (len(text) + 2)  # a star may follow
+    return at[0] + left * wide + gap, at[1] + low, at[0] + (left + 1) * wide + gap, at[1] + low + TEXT[1]
 
 
 def overlap(a: Box, b: Box) -> bool:

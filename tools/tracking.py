@@ -44,7 +44,7 @@ def log_to_wandb(profile: Profile, folder: Path | str) -> str:
         artifact.add_file(str(record))
         artifact.add_file(str(page))
         run.log_artifact(artifact)
-        where = str(run.url or Path(run.dir).parent)
+        where = str(Path(run.dir).parent if run.offline else run.url)
     except BaseException:
         run.finish(exit_code=1)
         raise
@@ -66,7 +66,13 @@ def started(wandb: Any, profile: Profile, folder: Path) -> Any:
     """A run that watches nothing by itself: neither this machine, nor its code, nor what it prints."""
     folder.mkdir(parents=True, exist_ok=True)
     quiet = wandb.Settings(
-        console="off", silent=True, disable_git=True, disable_code=True, x_disable_stats=True, x_disable_meta=True
+        console="off",
+        silent=True,
+        disable_git=True,
+        disable_code=True,
+        x_disable_stats=True,
+        x_disable_meta=True,
+        x_save_requirements=False,
     )
     try:
         return wandb.init(

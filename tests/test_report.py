@@ -1,0 +1,455 @@
+"""The report of a profile: what it says, that it says it of hostile names too, and how it stands in a real browser."""
+
+import io
+import json
+import re
+import shutil
+import sys
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from profile_records import (
+    SETTINGS,
+    a_breakdown,
+    a_full_profile,
+    a_pipeline,
+    a_profile,
+    a_row,
+)
+
+from optimize.errors import MissingError
+from optimize.profiles.reading import profile_from_file
+from optimize.profiles.schema import Choice, Gpu, Load, OperatorTime, Pick, Profile
+from optimize.tools import report, report_charts, report_modules, report_time, report_views, report_words
+from optimize.tools.profile_tables import show_profile
+from optimize.tools.report import page_of, write_report
+
+go = pytest.importorskip("plotly.graph_objects", reason="needs plotly")
+pytest.importorskip("jinja2", reason="needs jinja2")
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
+HOSTILE = "<script>window.pwned=1</script><img src=x onerror='window.pwned=1'>\"'</style></script>{{ 7*7 }}<!--"
+
+
+def two_shapes() -> Profile:
+    """Two components at two sizes, one of which has no winner."""
+    rows = tuple(
+        a_row(component, backend, precision, ms * factor, shape=shape, snr_db=snr)
+        for shape, factor in (("512px", 1.0), ("1024px", 4.7))
+        for component in ("text_encoder", "unet")
+        for backend, precision, ms, snr in (
+            ("eager", "fp32", 77.0, 120),
+            ("torch.compile-max-autotune", "fp32", 63.0, 118),
+            ("onnxruntime", "int8-weight", 31.0, 33),
+        )
+    )
+    return a_full_profile(rows=rows, breakdowns=(a_breakdown(shape="512px"),), pipelines=(a_pipeline(shape="512px"),))
+
+
+def hostile() -> Profile:
+    """Every text that a record can bring, as bad as it gets."""
+    data = json.loads(a_full_profile().model_dump_json())
+    kept = ("state", "device", "clock", "how", "bound", "verdict", "schema_version", "key", "made")
+
+    def spoil(value: Any, name: str = "") -> Any:
+        if isinstance(value, dict):
+            return {k: spoil(v, k) for k, v in value.items()}
+        if isinstance(value, list):
+            return [spoil(v, name) for v in value]
+        spoiled = isinstance(value, str) and name not in kept
+        return f"{HOSTILE} {value}" if spoiled else value
+
+    data = spoil(data)
+    data["breakdowns"][0]["trace"] = "javascript:window.pwned=1"
+    return Profile.model_validate(data)
+
+
+# --- what it says ----------------------------------------------------------------------------------------------------
+
+
+class Texts(HTMLParser):
+    """The page's text by section, and every tag with its attributes; scripts and styles are no text."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.sections: dict[str, str] = {}
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self._section, self._raw = "", ""
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag == "section":
+            self._section = dict(attrs)["id"] or ""
+        if tag in ("script", "style"):
+            self._raw = tag
+
+    def handle_endtag(self, tag: str) -> None:
+        self._raw = "" if tag == self._raw else self._raw
+        if tag == "section":
+            self._section = ""
+
+    def handle_data(self, data: str) -> None:
+        if not self._raw and data.strip():
+            self.sections[self._section] = self.sections.get(self._section, "") + f" {data.strip()}"
+
+
+def test_the_folder_holds_the_record_and_the_page(tmp_path: Path) -> None:
+    profile = a_full_profile()
+    page = write_report(profile, tmp_path / "new" / "r")
+    assert sorted(p.name for p in page.parent.iterdir()) == ["profile.json", "report.html"]
+    assert profile_from_file(page.parent) == profile
+    assert page.stat().st_size < 5_500_000
+
+
+def test_a_full_record_has_every_section_and_a_bare_one_few() -> None:
+    full = Texts(page_of(a_full_profile()))
+    assert [s for s in full.sections if s] == [s.name for s in report.SECTIONS]
+    bare = Profile(**{**a_profile().model_dump(), "rows": (), "limits": None, "command": ""})
+    page = page_of(bare)
+    assert set(Texts(page).sections) - {""} == {"environment", "method"}
+    assert len(page) < 60_000  # no figure, no plotly
+
+
+def test_the_answer_says_what_to_deploy_how_fast_and_what_it_costs() -> None:
+    said = Texts(page_of(a_full_profile())).sections["answer"]
+    for words in (
+        "Every wish is met", "p95<100ms", "cosine>=0.999", "unet", "onnxruntime", "int8", "31.0 ms",
+        "2.48x faster than eager fp32", "cosine 0.999750", "217 MiB", "the fastest that meets every wish",
+        "Next: torch.compile fp32, 63.0 ms", "294 ms", "0.77 EUR", "4,599.00 EUR", "7 images a second on 3 machines",
+    ):  # fmt: skip
+        assert words in said, words
+    unmet = Choice(wishes=["p95<7ms"], met=False, missed=("p95 is 33 ms, 26 ms too much",), picks=[], front={})
+    said = Texts(page_of(a_profile(choice=unmet))).sections["answer"]
+    assert "Nobody meets every wish" in said and "26 ms too much" in said and "is met" not in said
+
+
+def test_without_wishes_the_fastest_measured_is_named_and_no_inconclusive_one() -> None:
+    rows = (
+        a_row(ms=77.0),
+        a_row(backend="aoti", ms=7.0, state="inconclusive"),
+        a_row(backend="torch.compile", ms=63.0),
+    )
+    (card,) = report_views.answer(a_profile(rows=rows))["cards"]
+    assert (card["backend"], card["runner_up"]) == ("torch.compile", "eager fp32, 77.0 ms")
+    bars = report_views.latency(a_profile(rows=rows))["charts"][0]["bars"]
+    assert [(b["backend"], b["wins"], b["unsure"]) for b in bars] == [
+        ("aoti", False, True),
+        ("torch.compile", True, False),
+        ("eager", False, False),
+    ]
+    assert "No choice was asked for" in Texts(page_of(a_profile(rows=rows))).sections["answer"]
+
+
+def test_what_failed_is_listed_with_its_reason_and_a_busy_machine_is_told_first() -> None:
+    gone = a_row(backend="aoti", state="failed", why="out of memory: 63 GiB asked for")
+    base = a_profile()
+    page = Texts(page_of(a_profile(rows=(*base.rows, gone), load=Load(seconds=7, others=0.63, stolen=0.07, busy=True))))
+    assert "out of memory: 63 GiB asked for" in page.sections["latency"]
+    assert "tensorrt does not run on cpu" in page.sections["latency"]
+    notes = page.sections["notes"]
+    assert notes.index("The machine was busy") < notes.index("1 of 6 inconclusive") < notes.index("1 failed")
+    assert "63 %" in notes and "7 %" in notes
+    calm = Texts(page_of(a_profile(rows=(a_row(),))))
+    assert "notes" not in calm.sections
+
+
+def test_bars_are_as_long_as_their_figures() -> None:
+    (chart,) = report_views.latency(a_profile())["charts"]
+    rows = {r.backend: r for r in a_profile().rows if r.timing}
+    most = max(r.timing.p90_ms for r in rows.values() if r.timing)
+    for bar in chart["bars"]:
+        t = rows[bar["backend"]].timing
+        assert t is not None
+        assert (bar["low"], bar["width"], bar["high"]) == pytest.approx(
+            (100 * t.p10_ms / most, 100 * t.median_ms / most, 100 * t.p90_ms / most), abs=0.01
+        )
+    (image,) = report_time.pipelines(a_profile(pipelines=(a_pipeline(),)))["charts"]
+    (bar,) = image["bars"]
+    assert sum(p["width"] for p in bar["pieces"]) == pytest.approx(100 / 1.03, abs=0.01)
+    assert bar["measured"]["width"] == 100 and "(+3.0%)" in bar["measured"]["text"]
+
+
+def test_estimates_stand_apart_in_words_and_in_place() -> None:
+    page = Texts(page_of(a_full_profile()))
+    assert "not measured" in page.sections["estimates"] and "≈ 0.77 ms" in page.sections["estimates"]
+    assert [name for name, said in page.sections.items() if "rtx-4090" in said] == ["estimates"]
+    assert "rtx-4090" not in json.dumps(report.figures_in([s.view(a_full_profile()) for s in report.SECTIONS]))
+
+
+def test_environment_and_method_are_told() -> None:
+    gpu = Gpu(name="A GPU of a test", sm=89, memory_bytes=24 << 30, driver="570.7", power_limit_w=77, clock_sm_mhz=2520)
+    base = a_full_profile()
+    page = Texts(page_of(base.model_copy(update={"machine": base.machine.model_copy(update={"gpu": gpu})})))
+    for words in ("A GPU of a test", "77.0 W", "2520 MHz", "570.7", "torch 2.13.0", "0123abc", "peak int8 370 GFLOP/s"):
+        assert words in page.sections["environment"], words
+    for words in (f"{SETTINGS.rounds}, over all candidates", "within 5 %", "at most 10 %", "seed 1", "a rule"):
+        assert words in page.sections["method"], words
+    assert "optimize profile demo --report r" in page.sections["reproduce"]
+    assert "21.0 ms 31.0 ms +47.6%" in page.sections["comparison"]
+    order = re.findall("slower|faster|same", page.sections["comparison"].partition("why")[2])
+    assert order == ["slower", "faster", "same"]
+
+
+def test_a_backend_has_one_colour_everywhere() -> None:
+    profile = a_full_profile()
+    (_, _, pareto), *_ = report_charts.pareto_figures(profile)
+    (_, _, roof), *_ = report_charts.roofline_figures(profile)
+    for row in profile.rows:
+        if row.timing:
+            colour = report_words.colour_of(row.backend)
+            assert colour in {t["marker"]["color"] for t in pareto["data"] if "marker" in t}
+            assert colour in {t["marker"]["color"] for t in roof["data"] if "marker" in t}
+    shown = [b for c in report_views.memory(profile)["charts"] for b in c["bars"]]
+    assert all(b["colour"] == report_words.colour_of(b["backend"]) for b in shown)
+    from optimize.compile.backends import BACKENDS
+
+    assert set(report_words.BACKEND_COLOURS) == set(BACKENDS)
+    assert len(set(report_words.BACKEND_COLOURS.values())) == len(BACKENDS)
+
+
+def test_without_plotly_the_record_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "plotly.offline", None)
+    with pytest.raises(MissingError, match=r'pip install "optimize\[profile\]"'):
+        write_report(a_profile(), tmp_path)
+    assert profile_from_file(tmp_path) == a_profile()
+
+
+# --- figures ---------------------------------------------------------------------------------------------------------
+
+
+def test_plotly_takes_every_figure() -> None:
+    figures = report.figures_in([s.view(two_shapes()) for s in report.SECTIONS])
+    assert {name.split("-")[0] for name in figures} == {"pareto", "roofline", "modules"}
+    for figure in figures.values():
+        data = json.loads(json.dumps(figure).replace('"mixed"', '"#777777"'))  # the page's own colour
+        go.Figure(data)  # raises on a name or a value that plotly does not know
+
+
+def test_the_front_is_joined_and_the_pick_is_marked() -> None:
+    ((_, _, figure),) = report_charts.pareto_figures(a_full_profile())
+    line, *points = figure["data"]
+    assert (line["x"], line["y"]) == ([31.0, 63.0], [33.0, 100.0])  # eager is beaten, aoti inconclusive, 120 dB capped
+    starred = [p["text"] for p in points if "★" in p["text"][0]]
+    assert starred == [["onnxruntime int8 ★"]]
+    assert [p["marker"]["symbol"] for p in points] == ["triangle-up", "circle-open", "circle", "circle"]
+
+
+@given(st.lists(st.tuples(st.floats(1, 1e4), st.floats(5, 99)), min_size=2, max_size=9, unique=True))
+def test_no_candidate_beats_one_on_the_front(places: list[tuple[float, float]]) -> None:
+    rows = [a_row(backend=f"b{i}", ms=ms, snr_db=db) for i, (ms, db) in enumerate(places)]
+    best = report_charts.front(rows)
+    at = [report_charts.place(r) for r in rows]
+    for row in best:
+        x, y = report_charts.place(row)
+        assert not any(ms <= x and db >= y and (ms, db) != (x, y) for ms, db in at)
+    for row in rows:
+        x, y = report_charts.place(row)
+        assert row in best or any(ms <= x and db >= y for ms, db in map(report_charts.place, best))
+
+
+@given(st.dictionaries(st.text("abc", min_size=1, max_size=30), st.tuples(st.floats(0, 340), st.floats(0, 250))))
+def test_texts_of_a_chart_cover_nothing(points: dict[str, tuple[float, float]]) -> None:
+    sides = report_charts.text_sides(points, list(points))
+    boxes = [report_charts.text_box(points[name], name, side) for name, side in sides.items()]
+    for i, box in enumerate(boxes):
+        assert not any(report_charts.overlap(box, other) for other in boxes[:i])
+        assert not any(box[0] < x < box[2] and box[1] < y < box[3] for x, y in points.values())
+
+
+def test_a_treemap_adds_up() -> None:
+    """Plotly draws an empty picture where boxes sum to more than what holds them."""
+    thirds = [
+        OperatorTime(module=f"down_blocks.{i}.resnets.{j}.conv{k}", operator=o, kernel="k", ms=7 / 3, calls=1)
+        for i in range(3) for j in range(2) for k in range(2) for o in ("convolution", "elementwise")
+    ]  # fmt: skip
+    nowhere = OperatorTime(module="", operator="layout", kernel="k", ms=0.7, calls=1)
+    b = a_breakdown(run_ms=63.0).model_copy(update={"operators": [*thirds, nowhere]})
+    (trace,) = report_modules.treemap(b)["data"]
+    values = dict(zip(trace["ids"], trace["values"], strict=True))
+    inside: dict[str, int] = {}
+    for id_, parent in zip(trace["ids"], trace["parents"], strict=True):
+        inside[parent] = inside.get(parent, 0) + values[id_]
+    assert all(inside[parent] == values[parent] for parent in inside if parent)
+    assert values["0"] / 1e3 == pytest.approx(24 * 7 / 3 + 0.7, abs=0.02)
+    assert {"down_blocks.0", "resnets.1", "conv1", "convolution", report_modules.NOWHERE} <= set(trace["labels"])
+
+
+def test_blocks_with_one_thing_in_them_are_one_box() -> None:
+    b = a_breakdown()
+    (trace,) = report_modules.treemap(b)["data"]
+    labels = dict(zip(trace["labels"], trace["marker"]["colors"], strict=True))
+    assert labels["mid_block.attentions.0"] == report_words.OPERATOR_COLOURS["attention"]
+    assert labels["down_blocks.0"] == report_modules.MIXED
+
+
+# --- the terminal ----------------------------------------------------------------------------------------------------
+
+
+def printed(profile: Profile) -> str:
+    out = io.StringIO()
+    show_profile(profile, out)
+    return out.getvalue()
+
+
+def test_the_terminal_says_the_same() -> None:
+    said = printed(a_full_profile())
+    lines = said.splitlines()
+    winner = next(line for line in lines if line.startswith("onnxruntime"))
+    for words in ("int8", "31.0 ms", "32.2 ms", "2.48x", "0.999749", "33.0 dB", "217 MiB", "7.70 s", "fastest"):
+        assert words in winner, words
+    assert [line.split()[0] for line in lines[2:7]] == ["onnxruntime", "aoti", "torch.compile", "eager", "tensorrt"]
+    assert sum("fastest" in line.split() for line in lines[2:7]) == 1
+    assert "skipped: tensorrt fp16: tensorrt does not run on cpu" in said
+    assert "The machine was busy" in said and "every wish is met (p95<100ms, cosine>=0.999)" in said
+    assert "634 ms" in said and "0.77 EUR per 1000 images" in said
+    assert said.index("ESTIMATES (not measured)") > said.index("every wish is met")
+    assert [line for line in lines if "rtx-4090" in line] == lines[-3:-2]
+    assert "ESTIMATES" not in printed(a_profile())
+
+
+def test_names_are_no_markup_and_no_orders_to_a_terminal() -> None:
+    name = "[bold red]x[/] \x1b[31m\x07 [link=file:///etc]y[/link]"
+    said = printed(a_profile(rows=(a_row(component=name), a_row(component=name, state="failed", why=name))))
+    assert "[bold red]x[/]" in said and "[link=file:///etc]y[/link]" in said
+    assert "\x1b" not in said and "\x07" not in said
+
+
+# --- in the browser --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright")
+    if CHROMIUM is None:
+        pytest.skip("needs chromium")
+    with sync_api.sync_playwright() as playwright:
+        found = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-dev-shm-usage"])
+        yield found
+        found.close()
+
+
+class Opened:
+    """The page of a profile in Chromium without a network: what it asked for, and what it complained of."""
+
+    def __init__(self, browser: Any, path: Path, **words: Any) -> None:
+        self.context = browser.new_context(**{"viewport": {"width": 1400, "height": 1000}, **words})
+        self.page = self.context.new_page()
+        self.asked: list[str] = []
+        self.complaints: list[str] = []
+        self.page.on("console", lambda m: self.complaints.append(m.text))
+        self.page.on("pageerror", lambda e: self.complaints.append(str(e)))
+        self.page.on("request", lambda r: self.asked.append(r.url))
+        self.page.route(lambda url: not url.startswith("file:"), lambda route: route.abort())
+        self.page.goto(path.as_uri())
+        self.page.wait_for_selector("html[data-ready]")
+
+    def __enter__(self) -> "Opened":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.context.close()
+
+
+@needs_chromium
+@pytest.mark.parametrize(("scheme", "width"), [("light", 1400), ("dark", 420)])
+def test_the_page_works_offline_and_asks_for_nothing(browser: Any, tmp_path: Path, scheme: str, width: int) -> None:
+    path = write_report(a_full_profile(), tmp_path)
+    size = {"width": width, "height": 900}
+    with Opened(browser, path, offline=True, color_scheme=scheme, viewport=size) as o:
+        assert o.page.evaluate("document.documentElement.dataset.theme") == scheme
+        figures = o.page.locator(".chart:visible")
+        assert figures.count() == 3  # the second breakdown is folded in
+        assert o.page.locator(".chart:visible .main-svg").count() >= 3
+        assert o.page.locator("g.treemaplayer g.slice").count() > 5
+        o.page.locator("summary").nth(1).click()
+        o.page.locator("#modules-0-1 g.treemaplayer").wait_for(state="attached")
+        wide = "document.documentElement.scrollWidth"
+        assert o.page.evaluate(wide) == width  # nothing sticks out
+        o.page.screenshot(path=tmp_path / "page.png", full_page=True)
+        assert o.asked == [path.as_uri()]
+        assert o.complaints == []
+    assert (tmp_path / "page.png").stat().st_size > 50_000
+
+
+@needs_chromium
+def test_the_policy_stops_what_would_leave(browser: Any, tmp_path: Path) -> None:
+    path = write_report(a_profile(), tmp_path)
+    with Opened(browser, path) as o:
+        tried = o.page.evaluate("fetch('http://127.0.0.1:9/x').then(() => 'left', () => 'stopped')")
+        assert tried == "stopped" and any("Content Security Policy" in c for c in o.complaints)
+        assert o.asked == [path.as_uri()]
+
+
+@needs_chromium
+def test_names_from_the_record_are_text_and_nothing_else(browser: Any, tmp_path: Path) -> None:
+    path = write_report(hostile(), tmp_path)
+    with Opened(browser, path) as o:
+        assert o.page.evaluate("window.pwned") is None
+        assert o.page.locator("img").count() == 0
+        assert o.page.locator("script").count() == 3  # figures, plotly, the page's own
+        assert HOSTILE in o.page.locator(".card-name").first.text_content()
+        assert HOSTILE in o.page.locator("#notes").text_content()
+        trace = o.page.locator("a[download]").get_attribute("href")
+        assert trace == "./javascript%3Awindow.pwned%3D1"
+        o.page.locator(".track[data-tip]").first.hover()
+        assert HOSTILE in o.page.locator("#tip").text_content()
+        drawn = "".join(o.page.locator(".chart svg text").all_text_contents())
+        assert "<script>window.pwned" in drawn  # as letters
+        assert o.page.locator(".chart script, .chart a[href]").count() == 0
+        assert o.complaints == []
+
+
+def test_hostile_names_make_no_tags() -> None:
+    clean, dirty = (Texts(page_of(p)) for p in (a_full_profile(), hostile()))
+    assert [t for t, _ in dirty.tags] == [t for t, _ in clean.tags]
+    assert not [k for _, attrs in dirty.tags for k in attrs if k.startswith("on")]
+
+
+@needs_chromium
+def test_sizes_are_shown_one_at_a_time_and_the_theme_turns(browser: Any, tmp_path: Path) -> None:
+    path = write_report(two_shapes(), tmp_path)
+    with Opened(browser, path, color_scheme="light") as o:
+        panels = o.page.locator("#latency .panel:visible")
+        assert panels.count() == 2
+        assert set(o.page.locator("#table tbody tr:visible td:nth-child(2)").all_text_contents()) == {"512px"}
+        o.page.get_by_role("button", name="1024px").click()
+        assert set(o.page.locator("#latency .panel:visible h3 small").all_text_contents()) == {"1024px"}
+        assert o.page.locator("#pareto .chart:visible .main-svg").count() >= 2  # drawn when it is shown
+        o.page.get_by_role("button", name="all").click()
+        assert panels.count() == 4
+        ground = "getComputedStyle(document.body).backgroundColor"
+        ink = "getComputedStyle(document.querySelector('#pareto .xtick text')).fill"
+        before = o.page.evaluate(ground), o.page.evaluate(ink)
+        o.page.locator("#theme").click()
+        assert o.page.evaluate("document.documentElement.dataset.theme") == "dark"
+        after = o.page.evaluate(ground), o.page.evaluate(ink)
+        assert before[0] != after[0] and before[1] != after[1]  # the charts too
+        assert o.complaints == []
+
+
+@needs_chromium
+def test_the_table_sorts_by_number_and_keeps_blanks_last(browser: Any, tmp_path: Path) -> None:
+    rows = (*a_profile().rows, a_row(backend="torch.compile-regional", ms=7777.0))
+    path = write_report(a_profile(rows=rows), tmp_path)
+    with Opened(browser, path) as o:
+        column = o.page.locator("#table td:nth-child(5)")
+        assert column.first.text_content() == "77.0 ms"
+        head = o.page.locator("#table th", has_text=re.compile("^median$"))
+        head.click()
+        up = ["31.0 ms", "60.0 ms", "63.0 ms", "77.0 ms", "7.78 s", report_words.NONE]
+        assert column.all_text_contents() == up
+        head.click()
+        assert column.all_text_contents() == [*up[-2::-1], report_words.NONE]
+        assert head.get_attribute("aria-sort") == "descending"
+
+
+def test_a_pick_without_its_row_is_shown_all_the_same() -> None:
+    pick = Pick(component="gone", shape="s", backend="aoti", precision="fp32", latency_ms=7.0, why="of another record")
+    choice = Choice(wishes=[], met=True, picks=[pick], front={})
+    assert "of another record" in Texts(page_of(a_profile(choice=choice))).sections["answer"]
