@@ -411,15 +411,42 @@ def test_hostile_names_make_no_tags() -> None:
     assert not [k for _, attrs in dirty.tags for k in attrs if k.startswith("on")]
 
 
+def test_figures_hold_no_tags_but_our_own() -> None:
+    """Plotly makes links and bold letters of tags in texts, and puts values in for what stands in its braces."""
+    texts: list[str] = []
+
+    def gather(value: Any) -> None:
+        if isinstance(value, dict | list):
+            for inner in value.values() if isinstance(value, dict) else value:
+                gather(inner)
+        elif isinstance(value, str):
+            texts.append(value)
+
+    gather(report.figures_in([s.view(hostile()) for s in report.SECTIONS]))
+    assert sum("window.pwned" in text for text in texts) > 10
+    for text in texts:
+        assert "<" not in re.sub(r"</?(b|i|br|extra)>", "", text), text
+    row = a_row(backend="%{x}")
+    assert "%{x}" not in report_charts.told(row) + report_charts.on_roofline(row)["hovertemplate"]
+
+
+def test_json_cannot_leave_its_script() -> None:
+    said = report.json_in_html({"a": "</script><!--<script>&\u2028"})
+    assert not set("<>&\u2028") & set(said)
+    assert json.loads(said) == {"a": "</script><!--<script>&\u2028"}
+
+
 @needs_chromium
 def test_sizes_are_shown_one_at_a_time_and_the_theme_turns(browser: Any, tmp_path: Path) -> None:
     path = write_report(two_shapes(), tmp_path)
     with Opened(browser, path, color_scheme="light") as o:
         panels = o.page.locator("#latency .panel:visible")
         assert panels.count() == 2
+        assert o.page.locator(".card:visible").count() == 1
         assert set(o.page.locator("#table tbody tr:visible td:nth-child(2)").all_text_contents()) == {"512px"}
         o.page.get_by_role("button", name="1024px").click()
         assert set(o.page.locator("#latency .panel:visible h3 small").all_text_contents()) == {"1024px"}
+        assert o.page.locator(".card:visible").count() == 1  # the answer is for one set of sizes, and stays
         assert o.page.locator("#pareto .chart:visible .main-svg").count() >= 2  # drawn when it is shown
         o.page.get_by_role("button", name="all").click()
         assert panels.count() == 4

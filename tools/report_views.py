@@ -42,6 +42,7 @@ def answer(profile: Profile) -> View | None:
         return None
     return {
         "cards": cards,
+        "by_shape": len({c["shape"] for c in cards}) > 1,  # else it stays, whatever sizes are shown
         "chosen": choice is not None,
         "wishes": choice.wishes if choice else [],
         "met": choice.met if choice else True,
