@@ -24,7 +24,9 @@ InsidePath = Annotated[str, AfterValidator(inside)]
 
 
 class Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    """Infinity (the SNR of what agrees in every bit) is written as a word: JSON has no number for it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
 
 
 class OutputError(Record):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -319,3 +320,14 @@ def test_a_graph_placed_for_onnx_runtime_becomes_no_engine(bundle: Path) -> None
     optimize.quantize(bundle, **SMALL)
     with pytest.raises(InputError, match="no ONNX artifact to build from"):
         optimize.build(bundle, targets=["sm89"], components=[COMPONENT], precisions=["int8"])
+
+
+def test_an_output_that_agrees_in_every_bit_does_not_break_the_manifest(bundle: Path) -> None:
+    """Its SNR is infinite, for which JSON has no number."""
+    made = optimize.quantize(bundle, **SMALL).manifest.artifacts[f"{COMPONENT}/int8"]
+    assert made.receipt is not None
+    exact = made.receipt.quality[0].model_copy(update={"snr": math.inf, "psnr": math.inf})
+    receipt = made.receipt.model_copy(update={"quality": [exact]})
+    with optimize.Bundle.create(bundle, "demo", []) as again:
+        again.record(made.model_copy(update={"receipt": receipt}))
+    assert receipt_in(bundle).quality[0].snr == math.inf
