@@ -20,8 +20,8 @@ from .wishes import PERCENTILES
 LEAST_MARGIN, MOST_MARGIN = 0.01, 0.05
 """Of a tie. Processes that run the same code differ by about a hundredth, which no round sees; where the rounds tell
 less than a twentieth, the faster median decides."""
-NINES = 4
-"""Digits of a cosine that count in a tie."""
+NINES, SHOWN = 4, 7
+"""Digits of a cosine that count in a tie, and in a front: those after the seventh are fp32's own rounding."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,8 @@ def front_of(rows: Iterable[Row]) -> list[Row]:
     sure = [r for r in timed if r.state == "measured"] or timed
     best, found = -math.inf, []
     for row in sorted(sure, key=lambda r: (latency(r), -quality_of(r))):
-        if quality_of(row) > best:
-            best = quality_of(row)
+        if (quality := round(quality_of(row), SHOWN)) > best:
+            best = quality
             found.append(row)
     return found
 

@@ -257,6 +257,11 @@ def candidates(draw: Callable[..., Any], component: str = "unet") -> list[Row]:
     ]
 
 
+def test_fp32s_own_rounding_does_not_bring_a_slow_candidate_to_the_front() -> None:
+    rows = [row("eager fp32", 100.0, 1.0), row("onnxruntime fp32", 21.0, 1 - 1.4e-14), row("aoti fp16", 7.0, 1 - 1e-6)]
+    assert [r.candidate for r in front_of(rows)] == ["aoti fp16", "onnxruntime fp32"]
+
+
 @settings(max_examples=100, deadline=None)
 @given(candidates())
 def test_the_front_is_what_no_other_beats(rows: list[Row]) -> None:
