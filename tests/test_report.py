@@ -1,14 +1,10 @@
-"""The report of a profile: what it says, that it says it of hostile names too, and how it stands in a real browser."""
+"""The report of a profile: what its page says, what its figures hold, and the terminal's tables."""
 
 import io
 import json
 import re
-import shutil
 import sys
-from collections.abc import Iterator
-from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import given
@@ -21,6 +17,7 @@ from profile_records import (
     a_profile,
     a_row,
 )
+from report_pages import Texts, two_shapes
 
 from optimize.errors import MissingError
 from optimize.profiles.reading import profile_from_file
@@ -31,72 +28,8 @@ from optimize.tools.report import page_of, write_report
 
 go = pytest.importorskip("plotly.graph_objects", reason="needs plotly")
 pytest.importorskip("jinja2", reason="needs jinja2")
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
-HOSTILE = "<script>window.pwned=1</script><img src=x onerror='window.pwned=1'>\"'</style></script>{{ 7*7 }}<!--"
-
-
-def two_shapes() -> Profile:
-    """Two components at two sizes, one of which has no winner."""
-    rows = tuple(
-        a_row(component, backend, precision, ms * factor, shape=shape, snr_db=snr)
-        for shape, factor in (("512px", 1.0), ("1024px", 4.7))
-        for component in ("text_encoder", "unet")
-        for backend, precision, ms, snr in (
-            ("eager", "fp32", 77.0, 120),
-            ("torch.compile-max-autotune", "fp32", 63.0, 118),
-            ("onnxruntime", "int8-weight", 31.0, 33),
-        )
-    )
-    return a_full_profile(rows=rows, breakdowns=(a_breakdown(shape="512px"),), pipelines=(a_pipeline(shape="512px"),))
-
-
-def hostile() -> Profile:
-    """Every text that a record can bring, as bad as it gets."""
-    data = json.loads(a_full_profile().model_dump_json())
-    kept = ("state", "device", "clock", "how", "bound", "verdict", "schema_version", "key", "made")
-
-    def spoil(value: Any, name: str = "") -> Any:
-        if isinstance(value, dict):
-            return {k: spoil(v, k) for k, v in value.items()}
-        if isinstance(value, list):
-            return [spoil(v, name) for v in value]
-        spoiled = isinstance(value, str) and name not in kept
-        return f"{HOSTILE} {value}" if spoiled else value
-
-    data = spoil(data)
-    data["breakdowns"][0]["trace"] = "javascript:window.pwned=1"
-    return Profile.model_validate(data)
-
 
 # --- what it says ----------------------------------------------------------------------------------------------------
-
-
-class Texts(HTMLParser):
-    """The page's text by section, and every tag with its attributes; scripts and styles are no text."""
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.sections: dict[str, str] = {}
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self._section, self._raw = "", ""
-        self.feed(page)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        if tag == "section":
-            self._section = dict(attrs)["id"] or ""
-        if tag in ("script", "style"):
-            self._raw = tag
-
-    def handle_endtag(self, tag: str) -> None:
-        self._raw = "" if tag == self._raw else self._raw
-        if tag == "section":
-            self._section = ""
-
-    def handle_data(self, data: str) -> None:
-        if not self._raw and data.strip():
-            self.sections[self._section] = self.sections.get(self._section, "") + f" {data.strip()}"
 
 
 def test_the_folder_holds_the_record_and_the_page(tmp_path: Path) -> None:
@@ -177,7 +110,7 @@ def test_bars_are_as_long_as_their_figures() -> None:
 
 def test_estimates_stand_apart_in_words_and_in_place() -> None:
     page = Texts(page_of(a_full_profile()))
-    assert "not measured" in page.sections["estimates"] and "≈ 0.77 ms" in page.sections["estimates"]
+    assert "not measured" in page.sections["estimates"] and "≈ 0.770 ms" in page.sections["estimates"]
     assert [name for name, said in page.sections.items() if "rtx-4090" in said] == ["estimates"]
     assert "rtx-4090" not in json.dumps(report.figures_in([s.view(a_full_profile()) for s in report.SECTIONS]))
 
@@ -205,7 +138,7 @@ def test_a_backend_has_one_colour_everywhere() -> None:
             colour = report_words.colour_of(row.backend)
             assert colour in {t["marker"]["color"] for t in pareto["data"] if "marker" in t}
             assert colour in {t["marker"]["color"] for t in roof["data"] if "marker" in t}
-    shown = [b for c in report_views.memory(profile)["charts"] for b in c["bars"]]
+    shown = [b for c in report_time.memory(profile)["charts"] for b in c["bars"]]
     assert all(b["colour"] == report_words.colour_of(b["backend"]) for b in shown)
     from optimize.compile.backends import BACKENDS
 
@@ -218,6 +151,31 @@ def test_without_plotly_the_record_is_kept(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(MissingError, match=r'pip install "optimize\[profile\]"'):
         write_report(a_profile(), tmp_path)
     assert profile_from_file(tmp_path) == a_profile()
+
+
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        (report_words.number(0.96), "0.960"), (report_words.number(0.0123), "0.0123"),
+        (report_words.number(12.34), "12.3"), (report_words.number(1234.5), "1234"),
+        (report_words.number(7e-5), "7.00e-05"),
+        (report_words.milliseconds(0.063), "63.0 µs"), (report_words.milliseconds(7777), "7.78 s"),
+        (report_words.size(63 << 20), "63.0 MiB"), (report_words.percent(0.000377), "0 %"),
+        (report_words.percent(0.0584), "5.8 %"), (report_words.percent(0.6), "60 %"),
+        (report_words.cosine(1 - 1e-15), "1"), (report_words.cosine(0.9995474), "0.999547"),
+        (report_words.cosine(0.77), "0.7700"),
+        (report_words.money(0.0226, "EUR"), "0.023 EUR"), (report_words.money(4599, ""), "4,599.00"),
+        (report_words.times(0.25), "4.00x"), (report_words.decibels(200), "exact"),
+    ],
+)  # fmt: skip
+def test_figures_in_words(said: str, words: str) -> None:
+    assert said == words
+
+
+def test_a_pick_without_its_row_is_shown_all_the_same() -> None:
+    pick = Pick(component="gone", shape="s", backend="aoti", precision="fp32", latency_ms=7.0, why="of another record")
+    choice = Choice(wishes=[], met=True, picks=[pick], front={})
+    assert "of another record" in Texts(page_of(a_profile(choice=choice))).sections["answer"]
 
 
 # --- figures ---------------------------------------------------------------------------------------------------------
@@ -318,165 +276,3 @@ def test_names_are_no_markup_and_no_orders_to_a_terminal() -> None:
     said = printed(a_profile(rows=(a_row(component=name), a_row(component=name, state="failed", why=name))))
     assert "[bold red]x[/]" in said and "[link=file:///etc]y[/link]" in said
     assert "\x1b" not in said and "\x07" not in said
-
-
-# --- in the browser --------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright")
-    if CHROMIUM is None:
-        pytest.skip("needs chromium")
-    with sync_api.sync_playwright() as playwright:
-        found = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-dev-shm-usage"])
-        yield found
-        found.close()
-
-
-class Opened:
-    """The page of a profile in Chromium without a network: what it asked for, and what it complained of."""
-
-    def __init__(self, browser: Any, path: Path, **words: Any) -> None:
-        self.context = browser.new_context(**{"viewport": {"width": 1400, "height": 1000}, **words})
-        self.page = self.context.new_page()
-        self.asked: list[str] = []
-        self.complaints: list[str] = []
-        self.page.on("console", lambda m: self.complaints.append(m.text))
-        self.page.on("pageerror", lambda e: self.complaints.append(str(e)))
-        self.page.on("request", lambda r: self.asked.append(r.url))
-        self.page.route(lambda url: not url.startswith("file:"), lambda route: route.abort())
-        self.page.goto(path.as_uri())
-        self.page.wait_for_selector("html[data-ready]")
-
-    def __enter__(self) -> "Opened":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.context.close()
-
-
-@needs_chromium
-@pytest.mark.parametrize(("scheme", "width"), [("light", 1400), ("dark", 420)])
-def test_the_page_works_offline_and_asks_for_nothing(browser: Any, tmp_path: Path, scheme: str, width: int) -> None:
-    path = write_report(a_full_profile(), tmp_path)
-    size = {"width": width, "height": 900}
-    with Opened(browser, path, offline=True, color_scheme=scheme, viewport=size) as o:
-        assert o.page.evaluate("document.documentElement.dataset.theme") == scheme
-        figures = o.page.locator(".chart:visible")
-        assert figures.count() == 3  # the second breakdown is folded in
-        assert o.page.locator(".chart:visible .main-svg").count() >= 3
-        assert o.page.locator("g.treemaplayer g.slice").count() > 5
-        o.page.locator("summary").nth(1).click()
-        o.page.locator("#modules-0-1 g.treemaplayer").wait_for(state="attached")
-        wide = "document.documentElement.scrollWidth"
-        assert o.page.evaluate(wide) == width  # nothing sticks out
-        o.page.screenshot(path=tmp_path / "page.png", full_page=True)
-        assert o.asked == [path.as_uri()]
-        assert o.complaints == []
-    assert (tmp_path / "page.png").stat().st_size > 50_000
-
-
-@needs_chromium
-def test_the_policy_stops_what_would_leave(browser: Any, tmp_path: Path) -> None:
-    path = write_report(a_profile(), tmp_path)
-    with Opened(browser, path) as o:
-        tried = o.page.evaluate("fetch('http://127.0.0.1:9/x').then(() => 'left', () => 'stopped')")
-        assert tried == "stopped" and any("Content Security Policy" in c for c in o.complaints)
-        assert o.asked == [path.as_uri()]
-
-
-@needs_chromium
-def test_names_from_the_record_are_text_and_nothing_else(browser: Any, tmp_path: Path) -> None:
-    path = write_report(hostile(), tmp_path)
-    with Opened(browser, path) as o:
-        assert o.page.evaluate("window.pwned") is None
-        assert o.page.locator("img").count() == 0
-        assert o.page.locator("script").count() == 3  # figures, plotly, the page's own
-        assert HOSTILE in o.page.locator(".card-name").first.text_content()
-        assert HOSTILE in o.page.locator("#notes").text_content()
-        trace = o.page.locator("a[download]").get_attribute("href")
-        assert trace == "./javascript%3Awindow.pwned%3D1"
-        o.page.locator(".track[data-tip]").first.hover()
-        assert HOSTILE in o.page.locator("#tip").text_content()
-        drawn = "".join(o.page.locator(".chart svg text").all_text_contents())
-        assert "<script>window.pwned" in drawn  # as letters
-        assert o.page.locator(".chart script, .chart a[href]").count() == 0
-        assert o.complaints == []
-
-
-def test_hostile_names_make_no_tags() -> None:
-    clean, dirty = (Texts(page_of(p)) for p in (a_full_profile(), hostile()))
-    assert [t for t, _ in dirty.tags] == [t for t, _ in clean.tags]
-    assert not [k for _, attrs in dirty.tags for k in attrs if k.startswith("on")]
-
-
-def test_figures_hold_no_tags_but_our_own() -> None:
-    """Plotly makes links and bold letters of tags in texts, and puts values in for what stands in its braces."""
-    texts: list[str] = []
-
-    def gather(value: Any) -> None:
-        if isinstance(value, dict | list):
-            for inner in value.values() if isinstance(value, dict) else value:
-                gather(inner)
-        elif isinstance(value, str):
-            texts.append(value)
-
-    gather(report.figures_in([s.view(hostile()) for s in report.SECTIONS]))
-    assert sum("window.pwned" in text for text in texts) > 10
-    for text in texts:
-        assert "<" not in re.sub(r"</?(b|i|br|extra)>", "", text), text
-    row = a_row(backend="%{x}")
-    assert "%{x}" not in report_charts.told(row) + report_charts.on_roofline(row)["hovertemplate"]
-
-
-def test_json_cannot_leave_its_script() -> None:
-    said = report.json_in_html({"a": "</script><!--<script>&\u2028"})
-    assert not set("<>&\u2028") & set(said)
-    assert json.loads(said) == {"a": "</script><!--<script>&\u2028"}
-
-
-@needs_chromium
-def test_sizes_are_shown_one_at_a_time_and_the_theme_turns(browser: Any, tmp_path: Path) -> None:
-    path = write_report(two_shapes(), tmp_path)
-    with Opened(browser, path, color_scheme="light") as o:
-        panels = o.page.locator("#latency .panel:visible")
-        assert panels.count() == 2
-        assert o.page.locator(".card:visible").count() == 1
-        assert set(o.page.locator("#table tbody tr:visible td:nth-child(2)").all_text_contents()) == {"512px"}
-        o.page.get_by_role("button", name="1024px").click()
-        assert set(o.page.locator("#latency .panel:visible h3 small").all_text_contents()) == {"1024px"}
-        assert o.page.locator(".card:visible").count() == 1  # the answer is for one set of sizes, and stays
-        assert o.page.locator("#pareto .chart:visible .main-svg").count() >= 2  # drawn when it is shown
-        o.page.get_by_role("button", name="all").click()
-        assert panels.count() == 4
-        ground = "getComputedStyle(document.body).backgroundColor"
-        ink = "getComputedStyle(document.querySelector('#pareto .xtick text')).fill"
-        before = o.page.evaluate(ground), o.page.evaluate(ink)
-        o.page.locator("#theme").click()
-        assert o.page.evaluate("document.documentElement.dataset.theme") == "dark"
-        after = o.page.evaluate(ground), o.page.evaluate(ink)
-        assert before[0] != after[0] and before[1] != after[1]  # the charts too
-        assert o.complaints == []
-
-
-@needs_chromium
-def test_the_table_sorts_by_number_and_keeps_blanks_last(browser: Any, tmp_path: Path) -> None:
-    rows = (*a_profile().rows, a_row(backend="torch.compile-regional", ms=7777.0))
-    path = write_report(a_profile(rows=rows), tmp_path)
-    with Opened(browser, path) as o:
-        column = o.page.locator("#table td:nth-child(5)")
-        assert column.first.text_content() == "77.0 ms"
-        head = o.page.locator("#table th", has_text=re.compile("^median$"))
-        head.click()
-        up = ["31.0 ms", "60.0 ms", "63.0 ms", "77.0 ms", "7.78 s", report_words.NONE]
-        assert column.all_text_contents() == up
-        head.click()
-        assert column.all_text_contents() == [*up[-2::-1], report_words.NONE]
-        assert head.get_attribute("aria-sort") == "descending"
-
-
-def test_a_pick_without_its_row_is_shown_all_the_same() -> None:
-    pick = Pick(component="gone", shape="s", backend="aoti", precision="fp32", latency_ms=7.0, why="of another record")
-    choice = Choice(wishes=[], met=True, picks=[pick], front={})
-    assert "of another record" in Texts(page_of(a_profile(choice=choice))).sections["answer"]

@@ -155,9 +155,10 @@ def show_answer(console: Console, profile: Profile) -> None:
     view = answer(profile)
     if view is None:
         return
-    wishes = ", ".join(view["wishes"]) or "no wish"
-    head = ("every wish is met" if view["met"] else "NOBODY meets every wish; the nearest") + f" ({wishes})"
-    console.print(text(head if view["chosen"] else "the fastest of each", "bold green" if view["met"] else "bold red"))
+    wishes = f" ({', '.join(view['wishes'])})" if view["wishes"] else ""
+    verdict = "every wish is met" if view["met"] else "NOBODY meets every wish; the nearest"
+    head = f"{verdict}{wishes}" if wishes else "the choice, with no wish" if view["chosen"] else "the fastest of each"
+    console.print(text(head, "bold green" if view["met"] else "bold red"))
     for miss in view["missed"]:
         console.print(text(f"  {miss}", "red"))
     for c in view["cards"]:

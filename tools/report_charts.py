@@ -38,7 +38,7 @@ PLOT = (340.0, 250.0)
 
 
 def figure(data: list[Any], **layout: Any) -> Figure:
-    return {"data": data, "layout": {"margin": {"l": 56, "r": 16, "t": 12, "b": 44}, **layout}}
+    return {"data": data, "layout": {"margin": {"l": 62, "r": 16, "t": 12, "b": 48}, **layout}}
 
 
 # --- latency and quality ---------------------------------------------------------------------------------------------

@@ -1,9 +1,10 @@
-"""Views of the report on time per image, on operators and modules, and on what is not measured or was before."""
+"""Views of the report on time per image, on operators and modules, on what is paid before the first result and in
+memory, and on what was not measured or was before."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from urllib.parse import quote
 
 from optimize.profiles.schema import Breakdown, PipelineTime, Profile
@@ -13,12 +14,15 @@ from .report_views import View, share
 from .report_words import (
     NONE,
     colour_of,
+    groups,
     milliseconds,
     number,
     operator_colours,
     percent,
+    seconds,
     series_colours,
     size,
+    wait_s,
 )
 
 OUTSIDE = "outside of kernels"
@@ -155,6 +159,59 @@ def detail(breakdown: Breakdown, id_: str) -> View:
             for o in sorted(breakdown.operators, key=lambda o: -o.ms)[:MOST_ROWS]
         ],
     }
+
+
+# --- before the first run, memory ------------------------------------------------------------------------------------
+
+STEPS: Mapping[str, str] = {"load": "#868e96", "compile or build": "#d55e00", "first run": "#56b4e9"}
+
+
+def preparation(profile: Profile) -> View | None:
+    charts = []
+    for component, shape, rows in groups(profile):
+        ready = [(r, r.preparation) for r in rows if r.preparation]
+        parts = [(r, (p.load_s, wait_s(r) or 0.0, p.first_ms / 1e3), p) for r, p in ready]
+        most = max((sum(times_) for _, times_, _ in parts), default=0.0)
+        bars = []
+        for row, took, ready_ in sorted(parts, key=lambda item: sum(item[1])):
+            words = [f"{name} {seconds(s)}" for name, s in zip(STEPS, took, strict=True)]
+            if ready_.artifact_bytes:
+                words.append(f"artifact {size(ready_.artifact_bytes)}")
+            if ready_.cached:
+                words.append("a compiler's cache on disk was used")
+            pieces = [
+                {"width": share(s, most), "colour": colour} for s, colour in zip(took, STEPS.values(), strict=True)
+            ]
+            bars.append(
+                {
+                    "backend": row.backend, "precision": row.precision, "colour": colour_of(row.backend),
+                    "pieces": pieces, "text": seconds(sum(took)) + (" cached" if ready_.cached else ""),
+                    "tip": "\n".join([row.candidate, *words]),
+                }
+            )  # fmt: skip
+        if bars:
+            charts.append({"component": component, "shape": shape, "bars": bars})
+    return {"charts": charts, "legend": STEPS} if charts else None
+
+
+def memory(profile: Profile) -> View | None:
+    charts = []
+    for component, shape, rows in groups(profile):
+        known = [(r, r.memory) for r in rows if r.memory and (r.memory.host or r.memory.device)]
+        most = max((max(m.host or 0, m.device or 0) for _, m in known), default=0)
+        bars = [
+            {
+                "backend": r.backend, "precision": r.precision, "colour": colour_of(r.backend),
+                "pieces": [{"width": share(value, most), "colour": colour_of(r.backend)}],
+                "text": f"{size(value)} {where}", "tip": f"{r.candidate}\npeak on the {where}: {size(value)}",
+            }
+            for r, m in sorted(known, key=lambda item: (item[1].device or 0, item[1].host or 0))
+            for where, value in (("device", m.device), ("host", m.host))
+            if value
+        ]  # fmt: skip
+        if bars:
+            charts.append({"component": component, "shape": shape, "bars": bars})
+    return {"charts": charts} if charts else None
 
 
 # --- beside the measurements -----------------------------------------------------------------------------------------

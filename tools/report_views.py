@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from optimize.profiles.schema import Pick, Profile, Row
@@ -19,14 +19,12 @@ from .report_words import (
     money,
     number,
     percent,
-    seconds,
     shapes_of,
     size,
     sizes_words,
     snr_of,
     timed,
     times,
-    wait_s,
 )
 
 View = dict[str, Any]
@@ -141,17 +139,29 @@ def notes(profile: Profile) -> View | None:
                       f"{percent(load.stolen)} to other guests of the host: figures are suspect."))  # fmt: skip
     if load.gpu_throttled:
         found.append(("bad", "The GPU was throttled", ", ".join(load.gpu_throttled)))
-    unsure = [r for r in profile.rows if r.state == "inconclusive"]
-    if unsure:
-        names = ", ".join(f"{r.component} {r.candidate} ({r.shape})" for r in unsure)
-        found.append(("warn", f"{len(unsure)} of {len(profile.rows)} inconclusive", f"{names}: measured, but not "
-                      "stable enough to be ranked. They win nothing."))  # fmt: skip
-    failed = [r for r in profile.rows if r.state == "failed"]
-    if failed:
-        names = ", ".join(f"{r.component} {r.candidate} ({r.shape})" for r in failed)
-        found.append(("warn", f"{len(failed)} failed", f"{names}: the reasons stand below the latencies."))
+    total = len(profile.rows)
+    for state, title, words in (
+        (
+            "inconclusive",
+            f"of {total} inconclusive",
+            "not stable enough to be ranked; chosen only where nothing else is.",
+        ),
+        ("failed", "failed", "the reasons stand with the latencies."),
+    ):
+        rows = [r for r in profile.rows if r.state == state]
+        if rows:
+            found.append(("warn", f"{len(rows)} {title}", f"{names_of(rows)}: {words}"))
     found += [("note", "Note", text) for text in profile.notes]
     return {"notes": found} if found else None
+
+
+MOST_NAMES = 4
+
+
+def names_of(rows: Sequence[Row]) -> str:
+    names = [f"{r.component} {r.candidate} ({r.shape})" for r in rows]
+    more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
+    return ", ".join(names[:MOST_NAMES]) + more
 
 
 # --- latency ---------------------------------------------------------------------------------------------------------
@@ -228,59 +238,6 @@ def charts_of(kind: str, figures: Callable[[Profile], list[tuple[str, str, Any]]
 
 pareto = charts_of("pareto", pareto_figures)
 roofline = charts_of("roofline", roofline_figures)
-
-
-# --- before the first run, memory ------------------------------------------------------------------------------------
-
-STEPS: Mapping[str, str] = {"load": "#868e96", "compile or build": "#d55e00", "first run": "#56b4e9"}
-
-
-def preparation(profile: Profile) -> View | None:
-    charts = []
-    for component, shape, rows in groups(profile):
-        ready = [(r, r.preparation) for r in rows if r.preparation]
-        parts = [(r, (p.load_s, wait_s(r) or 0.0, p.first_ms / 1e3), p) for r, p in ready]
-        most = max((sum(times_) for _, times_, _ in parts), default=0.0)
-        bars = []
-        for row, took, ready_ in sorted(parts, key=lambda item: sum(item[1])):
-            words = [f"{name} {seconds(s)}" for name, s in zip(STEPS, took, strict=True)]
-            if ready_.artifact_bytes:
-                words.append(f"artifact {size(ready_.artifact_bytes)}")
-            if ready_.cached:
-                words.append("a compiler's cache on disk was used")
-            pieces = [
-                {"width": share(s, most), "colour": colour} for s, colour in zip(took, STEPS.values(), strict=True)
-            ]
-            bars.append(
-                {
-                    "backend": row.backend, "precision": row.precision, "colour": colour_of(row.backend),
-                    "pieces": pieces, "text": seconds(sum(took)) + (" cached" if ready_.cached else ""),
-                    "tip": "\n".join([row.candidate, *words]),
-                }
-            )  # fmt: skip
-        if bars:
-            charts.append({"component": component, "shape": shape, "bars": bars})
-    return {"charts": charts, "legend": STEPS} if charts else None
-
-
-def memory(profile: Profile) -> View | None:
-    charts = []
-    for component, shape, rows in groups(profile):
-        known = [(r, r.memory) for r in rows if r.memory and (r.memory.host or r.memory.device)]
-        most = max((max(m.host or 0, m.device or 0) for _, m in known), default=0)
-        bars = [
-            {
-                "backend": r.backend, "precision": r.precision, "colour": colour_of(r.backend),
-                "pieces": [{"width": share(value, most), "colour": colour_of(r.backend)}],
-                "text": f"{size(value)} {where}", "tip": f"{r.candidate}\npeak on the {where}: {size(value)}",
-            }
-            for r, m in sorted(known, key=lambda item: (item[1].device or 0, item[1].host or 0))
-            for where, value in (("device", m.device), ("host", m.host))
-            if value
-        ]  # fmt: skip
-        if bars:
-            charts.append({"component": component, "shape": shape, "bars": bars})
-    return {"charts": charts} if charts else None
 
 
 def shape_pills(profile: Profile) -> list[str]:

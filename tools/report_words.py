@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from math import floor, log10
 
 from optimize.profiles.schema import Profile, Row
 
@@ -106,10 +107,7 @@ def number(value: float, digits: int = 3) -> str:
         return "0"
     if abs(value) < 1e-4 or abs(value) >= 1e6:
         return f"{value:.{digits - 1}e}"
-    whole = len(str(int(abs(value)))) if abs(value) >= 1 else 0
-    if whole:
-        return f"{value:.{max(0, digits - whole)}f}"
-    return f"{value:.{digits}g}"
+    return f"{value:.{max(0, digits - 1 - floor(log10(abs(value))))}f}"
 
 
 def milliseconds(ms: float | None) -> str:
@@ -142,14 +140,15 @@ def times(ratio: float | None) -> str:
 
 
 def percent(share: float | None) -> str:
-    return NONE if share is None else f"{100 * share:.3g} %"
+    """To a tenth of a percent."""
+    return NONE if share is None else f"{100 * share:.1f}".removesuffix(".0") + " %"
 
 
 def cosine(value: float | None) -> str:
     """Six digits where it is near to one."""
     if value is None:
         return NONE
-    if value >= 1:
+    if value > 1 - 1e-12:
         return "1"
     return f"{value:.6f}" if value > 0.999 else f"{value:.4f}"
 
@@ -168,8 +167,6 @@ def snr_of(row: Row) -> float | None:
         return row.quality.snr_db
     if row.parity is None:
         return None
-    from math import log10
-
     return -20 * log10(row.parity.relative) if row.parity.relative > 1e-10 else EXACT_DB + 1
 
 
@@ -178,7 +175,8 @@ def sizes_words(sizes: Mapping[str, int]) -> str:
 
 
 def money(value: float, currency: str) -> str:
-    return f"{value:,.2f} {currency}".strip()
+    """To the hundredth, and two digits of what is less than one."""
+    return f"{value:,.2f} {currency}".strip() if value >= 1 or not value else f"{number(value, 2)} {currency}".strip()
 
 
 def wait_s(row: Row) -> float | None:

@@ -28,7 +28,7 @@
   });
   const layoutOf = (figure) => {
     const axis = (own) => ({
-      gridcolor: value("--grid"), linecolor: value("--line"), zeroline: false, automargin: true, fixedrange: true,
+      gridcolor: value("--grid"), linecolor: value("--line"), zeroline: false, automargin: false, fixedrange: true,
       exponentformat: "none", ...own, title: own?.title && { ...own.title, font: { size: 12, color: value("--soft") } },
     });
     const layout = figure.layout;
