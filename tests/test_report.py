@@ -172,6 +172,16 @@ def test_figures_in_words(said: str, words: str) -> None:
     assert said == words
 
 
+def test_a_pick_is_shown_with_the_figures_of_the_row_it_has() -> None:
+    """A pipeline that guides calls its denoiser with a doubled batch: the pick has that row's latency."""
+    guided = a_row(backend="aoti", ms=63.0, eager_ms=630.0, shape="default+guided", snr_db=77.0)
+    rows = (a_row(), a_row(backend="aoti", ms=31.0), guided)
+    pick = Pick(component="unet", shape="default", backend="aoti", precision="fp32", latency_ms=63.0, why="as called")
+    choice = Choice(wishes=[], met=True, picks=[pick], front={})
+    (card,) = report_views.answer(a_profile(rows=rows, choice=choice))["cards"]
+    assert (card["measured_at"], card["speed"]) == ("default+guided", "10.0x faster than eager fp32")
+
+
 def test_a_pick_without_its_row_is_shown_all_the_same() -> None:
     pick = Pick(component="gone", shape="s", backend="aoti", precision="fp32", latency_ms=7.0, why="of another record")
     choice = Choice(wishes=[], met=True, picks=[pick], front={})

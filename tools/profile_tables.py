@@ -163,7 +163,7 @@ def show_answer(console: Console, profile: Profile) -> None:
         console.print(text(f"  {miss}", "red"))
     for c in view["cards"]:
         figures = ", ".join(filter(None, (c["latency"], c["speed"], c["quality"], c["memory"])))
-        console.print(text(f"  {c['component']} at {c['shape']}: ") + text(f"{c['backend']} {c['precision']}", "bold")
+        console.print(text(f"  {c['component']} at {c['measured_at']}: ") + text(f"{c['backend']} {c['precision']}", "bold")
                       + text(f", {figures}"))  # fmt: skip
         if view["chosen"]:
             console.print(text(f"    {c['why']}" + (f"; next: {c['runner_up']}" if c["runner_up"] else ""), "dim"))

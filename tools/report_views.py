@@ -51,11 +51,11 @@ def answer(profile: Profile) -> View | None:
 
 
 def pick_card(profile: Profile, pick: Pick) -> View:
-    same = (pick.component, pick.shape, pick.backend, pick.precision)
-    row = next((r for r in profile.rows if (r.component, r.shape, r.backend, r.precision) == same), None)
+    row = row_of(profile, pick)
     return {
         "component": pick.component,
         "shape": pick.shape,
+        "measured_at": row.shape if row else pick.shape,
         "backend": pick.backend,
         "precision": pick.precision,
         "colour": colour_of(pick.backend),
@@ -67,6 +67,15 @@ def pick_card(profile: Profile, pick: Pick) -> View:
         "runner_up": pick.runner_up,
         "state": row.state if row else "",
     }
+
+
+def row_of(profile: Profile, pick: Pick) -> Row | None:
+    """The row that a pick's figures are of: that of its sizes, or of those at which the pipeline calls it (a batch that
+    guidance doubles), which has its latency."""
+    named = (pick.component, pick.backend, pick.precision)
+    rows = [r for r in timed(profile.rows) if (r.component, r.backend, r.precision) == named]
+    rows.sort(key=lambda r: (r.timing is None or r.timing.median_ms != pick.latency_ms, r.shape != pick.shape))
+    return rows[0] if rows else None
 
 
 def fastest_cards(profile: Profile) -> list[View]:
