@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from optimize.errors import InputError
 
 from .composing import PICKED
-from .ranking import Option, decided, front_of, latency, ranked, tied
+from .ranking import Option, decided, front_of, latency, median, ranked, tied
 from .schema import Choice, Cost, Pick, PipelinePart, PipelineTime, Profile
 from .wishes import PERCENTILES, Miss, Wishes, memory_misses, quality_misses, slo_misses
 
@@ -43,10 +43,9 @@ def options_of(profile: Profile, component: str, shape: str) -> list[Option]:
 
 
 def nearest(options: Sequence[Option], misses: Mapping[str, Sequence[Miss]]) -> list[Option]:
-    """Those that meet the wishes, or where none does those that come nearest; inconclusive ones only without others."""
-    sure = [o for o in options if o.sure] or options
-    far = {o.row.candidate: sum(f for f, _ in misses[o.row.candidate]) for o in sure}
-    return [o for o in sure if far[o.row.candidate] <= min(far.values()) * (1 + 1e-9)]
+    """Those that meet the wishes, or where none does those that come nearest."""
+    far = {o.row.candidate: sum(f for f, _ in misses[o.row.candidate]) for o in options}
+    return [o for o in options if far[o.row.candidate] <= min(far.values()) * (1 + 1e-9)]
 
 
 # --- all together -----------------------------------------------------------------------------------------------------
@@ -67,7 +66,7 @@ def choose(profile: Profile, wishes: Wishes, shape: str | None = None) -> Choice
     chosen, joint = best_together(rankings, wishes, together)
     missed = [f"{c}: {text}" for c, o in chosen.items() for _, text in misses[c][o.row.candidate]]
     missed += [*joint, *(f"{c}: nothing was measured that could be deployed" for c in silent)]
-    run_ms = sum(o.calls * latency(o.at) for o in chosen.values())
+    run_ms = sum(o.calls * median(o.at) for o in chosen.values())
     return Choice(
         wishes=wishes.texts(),
         met=not missed,
@@ -137,7 +136,7 @@ def worth_trying(ranking: Sequence[Option], most: int) -> list[Option]:
 def time_of(chosen: Mapping[str, Option], like: PipelineTime) -> PipelineTime:
     """Time per image of the picks: the sum."""
     parts = [
-        PipelinePart(component=c, candidate=o.row.candidate, calls=o.calls, ms=o.calls * latency(o.at))
+        PipelinePart(component=c, candidate=o.row.candidate, calls=o.calls, ms=o.calls * median(o.at))
         for c, o in chosen.items()
         if o.calls
     ]
@@ -167,7 +166,7 @@ def pick_of(
         backend=row.backend,
         precision=row.precision,
         artifact=row.artifact,
-        latency_ms=latency(option.at),
+        latency_ms=median(option.at),
         cosine=row.quality.cosine if row.quality else None,
         memory_bytes=option.memory or None,
         why="; ".join(reasons(option, options, slower[:1], misses)),
@@ -186,19 +185,19 @@ def reasons(
     if option.row.quality is not None:
         yield f"cosine {option.row.quality.cosine:.6f}"
     if not option.sure:
-        yield "INCONCLUSIVE: its rounds do not agree, and nothing else was measured"
-    for other in sorted(options, key=lambda o: latency(o.at)):
-        if latency(other.at) < latency(option.at):
+        yield "INCONCLUSIVE: its rounds do not agree; it counts as its slowest one"
+    for other in sorted(options, key=lambda o: median(o.at)):
+        if median(other.at) < median(option.at):
             yield f"{other.row.candidate} left out: {why_left(option, other, misses[other.row.candidate])}"
 
 
 def why_left(option: Option, other: Option, missed: Sequence[Miss]) -> str:
     """Why a faster one was not picked."""
-    faster = f"({latency(option.at) / latency(other.at):.2f}x faster)"
+    faster = f"({median(option.at) / median(other.at):.2f}x faster)"
     if missed:
         return f"{missed[0][1]} {faster}"
     if not other.sure:
-        return f"inconclusive {faster}"
+        return f"inconclusive, its slowest round is not faster {faster}"
     tie = tied(other.at, option.at)
     return f"a tie {faster}, {decided(option, other)} decided" if tie else f"the wishes on all together {faster}"
 

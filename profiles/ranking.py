@@ -1,7 +1,7 @@
 """Which candidate of a component is the better one: latency and quality, and when a difference is none.
 
 Differences within both sides' noise are ties: better quality decides, then memory, then the order of the table of
-backends.
+backends. An inconclusive candidate counts as its slowest round: it wins only where that is faster, too.
 """
 
 from __future__ import annotations
@@ -54,21 +54,24 @@ def quality_of(row: Row) -> float:
 
 
 def front_of(rows: Iterable[Row]) -> list[Row]:
-    """Rows that no other one beats in latency and quality at once, the fastest first; inconclusive ones only where
-    there is nothing else."""
+    """Rows that no other one beats in latency and quality at once, the fastest first."""
     timed = [r for r in rows if r.timing is not None]
-    sure = [r for r in timed if r.state == "measured"] or timed
     best, found = -math.inf, []
-    for row in sorted(sure, key=lambda r: (latency(r), -quality_of(r))):
+    for row in sorted(timed, key=lambda r: (latency(r), -quality_of(r))):
         if (quality := round(quality_of(row), SHOWN)) > best:
             best = quality
             found.append(row)
     return found
 
 
-def latency(row: Row) -> float:
+def median(row: Row) -> float:
     assert row.timing is not None
     return row.timing.median_ms
+
+
+def latency(row: Row) -> float:
+    """Milliseconds that count when rows are ranked."""
+    return median(row) if row.state == "measured" or row.timing is None else max(row.timing.rounds_ms)
 
 
 def error_of_median(row: Row) -> float:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from optimize.profiles.schema import Profile
     from optimize.progress import Progress
 
 
@@ -70,13 +71,17 @@ def answer_words(verb: argparse._ActionsContainer) -> None:
     verb.add_argument("--plan", type=Path, metavar="FILE", help="write the answer for optimize.load(DIR, plan=FILE)")
     verb.add_argument("--report", type=Path, metavar="DIR", help="write report.html and profile.json there")
     verb.add_argument("--against", type=Path, metavar="RECORD", help="compare with an older profile.json")
+    verb.add_argument("--fail-on", choices=["slower"], help="with --against: exit 1 where something got slower")
     verb.add_argument("--log", choices=["wandb"], help="log the record to Weights & Biases")
 
 
 def measured(args: argparse.Namespace, progress: Progress) -> Any:
     """What the words ask for: a record, or with --dry-run the rows of the plan."""
+    from optimize.errors import InputError
     from optimize.profiling import profile
 
+    if args.log and args.report is None:
+        raise InputError("--log logs the report", got="no --report", expected="--report DIR", mend="name a folder")
     return profile(
         args.what,
         backends=args.backend,
@@ -132,9 +137,22 @@ def show(record: Any, args: argparse.Namespace) -> int:
     if args.log == "wandb":
         from optimize.tools.tracking import log_to_wandb
 
-        log_to_wandb(record, args.report or args.what)
+        log_to_wandb(record, args.report)
     if args.json:
         print(json.dumps(record.model_dump(mode="json"), indent=1))
     else:
         profile_tables.show_profile(record)
-    return 0 if record.choice is None or record.choice.met else 1
+    return 1 if failures(record, args.fail_on) else 0
+
+
+def failures(record: Profile, fail_on: str | None) -> list[str]:
+    """Why the command's exit code is 1: wishes that nobody meets, nothing that could be measured, and with `fail_on`
+    what got slower."""
+    from optimize.profiles.comparing import regressions
+
+    missed = list(record.choice.missed) if record.choice is not None else ["nothing could be measured"]
+    slower = regressions(record.comparison) if fail_on and record.comparison is not None else []
+    said = [*missed, *(f"{c.component} {c.candidate} at {c.shape}: {c.ratio:.3g}x as slow as before" for c in slower)]
+    for text in said:
+        print(f"optimize: {text}", file=sys.stderr)
+    return said

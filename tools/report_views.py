@@ -153,7 +153,7 @@ def notes(profile: Profile) -> View | None:
         (
             "inconclusive",
             f"of {total} inconclusive",
-            "not stable enough to be ranked; chosen only where nothing else is.",
+            "their rounds do not agree. Each counts as its slowest round when candidates are ranked.",
         ),
         ("failed", "failed", "the reasons stand with the latencies."),
     ):

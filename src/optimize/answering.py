@@ -26,6 +26,7 @@ def answered(session: Session, rows: Sequence[Row], older: Profile | None) -> Pr
     from optimize.compile.bundle import disk_errors
     from optimize.profiles.choosing import choose
     from optimize.profiles.comparing import compare
+    from optimize.profiles.composing import PICKED
     from optimize.profiles.limits import limits_of_device
     from optimize.profiles.reading import RECORD, write_profile
     from optimize.profiles.schema import Profile
@@ -51,7 +52,10 @@ def answered(session: Session, rows: Sequence[Row], older: Profile | None) -> Pr
     )
     record = record.model_copy(update={"choice": choose(record, request.wishes)})
     if record.choice is not None and record.pipelines:
-        record = record.model_copy(update={"pipelines": tuple(times_of(session, rows, record.choice.picks, last=True))})
+        times = times_of(session, rows, record.choice.picks, last=True)
+        picked = next((t for t in times if t.variant == PICKED), record.choice.pipeline)
+        choice = record.choice.model_copy(update={"pipeline": picked})
+        record = record.model_copy(update={"pipelines": tuple(times), "choice": choice})
     record = record.model_copy(update={"breakdowns": tuple(breakdowns_of(session, record))})
     if older is not None:
         record = record.model_copy(update={"comparison": compare(record, older)})
@@ -119,12 +123,11 @@ def estimates_of(session: Session, rows: Sequence[Row]) -> Iterator[Estimate]:
     """Of every graph at every shape, for the targets that were named."""
     from optimize.profiles.limits import limits_from_sheet
     from optimize.profiles.roofline import estimate
-    from optimize.profiles.targets import TARGETS, sheet_from_name
+    from optimize.profiles.targets import sheet_from_name
 
     for name in session.request.targets:
         sheet = sheet_from_name(name)
-        if sheet is None:
-            raise InputError(f"no sheet for the target {name}", expected=", ".join(TARGETS))
+        assert sheet is not None  # the words were checked before anything was measured
         limits, seen = limits_from_sheet(sheet), set[tuple[str, str, str]]()
         for row in rows:
             label = (row.component, row.shape, row.precision.partition("+")[0])

@@ -44,8 +44,6 @@ PARTIAL = ".partial.json"
 ROUNDS, BURST_MS, WARMUP_MS, ATTEMPTS = 9, 200.0, 50.0, 3
 DRIFT, SPREAD = 0.03, 0.10
 SAMPLES = 8
-GUIDED = "+guided"
-"""End of the name of a denoiser's sizes at twice the batch, which guidance makes of a pipeline's call."""
 OPERATORS = ("none", "picks", "all")
 
 
@@ -148,11 +146,15 @@ def profile(
     from optimize.compile.backends import device_from_word
     from optimize.profiles.machine import Meter, machine_here
     from optimize.profiles.schema import Settings
+    from optimize.profiles.targets import TARGETS, sheet_from_name
     from optimize.profiles.wishes import wishes_from_words
 
     if operators not in OPERATORS:
         raise InputError(f"unknown word {operators} for operators", expected=", ".join(OPERATORS))
     device = device_from_word(device)
+    for name in targets:
+        if sheet_from_name(name) is None:
+            raise InputError(f"no sheet for the target {name}", expected=", ".join(TARGETS))
     settings = settings_of(Settings, rounds, burst_ms, attempts, cold_cache, seed, samples)
     wishes = wishes_from_words(slo=slo, quality=quality, memory=memory, price_per_hour=price_per_hour, load=load)
     request = Request(
@@ -271,6 +273,7 @@ def rows_planned(session: Session) -> list[dict[str, Any]]:
 
 def add_guided(session: Session, shapes: dict[str, dict[str, dict[str, int]]]) -> None:
     """A denoiser's sizes at twice the batch, where its pipeline guides."""
+    from optimize.profiles.choosing import GUIDED
     from optimize.profiles.composing import batch_factor, is_guided
 
     folder = pipeline_folder(session.subject)
