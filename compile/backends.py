@@ -58,11 +58,13 @@ class Backend:
         return self.missing(device)
 
 
-def torch_missing(device: str, compiled: bool = False) -> str:
+def torch_missing(device: str, compiled: bool = False, kernels: bool = False) -> str:
     import torch
 
     if device == "cuda" and not torch.cuda.is_available():
         return f"torch {torch.__version__} sees no GPU"
+    if kernels and device == "cuda" and find_spec("triton") is None:
+        return "our kernels need triton"
     if compiled and device == "cpu" and not any(map(shutil.which, ("g++", "clang++"))):
         return "torch.compile for a CPU needs a C++ compiler (g++)"
     if compiled and device == "cuda" and find_spec("triton") is None:
@@ -88,16 +90,16 @@ def tensorrt_missing(device: str) -> str:
     return torch_missing(device)
 
 
-def eager(subject: Subject) -> Runner:
+def eager(subject: Subject, kernels: bool = False) -> Runner:
     from .runners import EagerRunner
 
-    return EagerRunner(subject.component, subject.precision, device=subject.device)
+    return EagerRunner(subject.component, subject.precision, device=subject.device, kernels=kernels)
 
 
-def compiled(subject: Subject, style: str) -> Runner:
+def compiled(subject: Subject, style: str, kernels: bool = False) -> Runner:
     from .compiled import CompiledRunner
 
-    return CompiledRunner(subject.component, subject.precision, style, device=subject.device)
+    return CompiledRunner(subject.component, subject.precision, style, device=subject.device, kernels=kernels)
 
 
 def packaged(subject: Subject) -> Runner:
@@ -127,6 +129,13 @@ def of_torch(style: str, what: str, devices: tuple[str, ...] = ("cpu", "cuda"), 
     return Backend(style, what, "module", devices, partial(compiled, style=style), missing, default, compiles=True)
 
 
+def of_kernels(name: str, what: str, make: Callable[..., Runner], style: str = "") -> Backend:
+    words = {"style": style} if style else {}
+    missing = partial(torch_missing, compiled=bool(style), kernels=True)
+    made = partial(make, kernels=True, **words)
+    return Backend(name, what, "module", ("cpu", "cuda"), made, missing, default=False, compiles=bool(style))
+
+
 def of_provider(name: str, what: str, provider: str) -> Backend:
     make, missing = partial(onnxruntime, provider=provider), partial(onnxruntime_missing, provider=provider)
     return Backend(name, what, "onnx", ("cuda",), make, missing)
@@ -138,6 +147,14 @@ _ROWS = (
     of_torch("torch.compile-max-autotune", "the same, kernels chosen by timing them"),
     of_torch("torch.compile-regional", "each repeated block alone: compiles faster"),
     of_torch("torch.compile-cudagraphs", "the whole network as a CUDA graph", ("cuda",)),
+    of_kernels("fused", "torch with our kernels in it (`kernels.fuse`)", eager),
+    of_kernels("torch.compile-fused", "the same through torch.compile", compiled, "torch.compile"),
+    of_kernels(
+        "torch.compile-max-autotune-fused",
+        "the same, the other kernels chosen by timing them",
+        compiled,
+        "torch.compile-max-autotune",
+    ),
     Backend("aoti", "an AOTInductor package", "aoti", ("cpu", "cuda"), packaged, torch_missing),
     Backend("onnxruntime", "ONNX Runtime, CPU provider", "onnx", ("cpu",), onnxruntime, onnxruntime_missing),
     of_provider("onnxruntime-cuda", "ONNX Runtime, CUDA provider", "CUDAExecutionProvider"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -29,22 +30,29 @@ STYLES: Mapping[str, Style] = {
     "torch.compile-cudagraphs": Style({"mode": "reduce-overhead"}),
 }
 """Backend's name -> how. Sizes are static: each set of sizes has code of its own, which is what is fastest."""
+MOST_CODES = 64
+"""Of one function, for sets of sizes and kinds of block. Beyond its own limit, 8, torch runs eager and only logs it."""
 
 
 class CompiledRunner(EagerRunner):
     """Eager's module through torch.compile. The first run with new sizes compiles; `cached` says whether a cache on
     disk spared that."""
 
-    def __init__(self, component: Component, precision: str, style: str, *, device: str = "cpu") -> None:
-        super().__init__(component, precision, device=device)
+    def __init__(
+        self, component: Component, precision: str, style: str, *, device: str = "cpu", kernels: bool = False
+    ) -> None:
+        super().__init__(component, precision, device=device, kernels=kernels)
         self.name, self.style = style, STYLES[style]
         self._call: Callable[..., Any] | None = None
+        self._limits = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
         super().__enter__()
         assert self._module is not None
         network = Adapted(self._module)
         torch._dynamo.reset()
+        limits = torch._dynamo.config.patch(recompile_limit=MOST_CODES, fail_on_recompile_limit_hit=True)
+        self._limits.enter_context(limits)
         if self.style.regional:
             for block in repeated_blocks(network):
                 block.compile(dynamic=False, **self.style.words)
@@ -56,6 +64,7 @@ class CompiledRunner(EagerRunner):
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
         self._call = None
+        self._limits.close()
         torch._dynamo.reset()
 
     def infer(self, feeds: Feeds) -> dict[str, torch.Tensor]:

@@ -34,6 +34,8 @@ class EngineRunner:
         self._trt: Any = None
         self._engine: Any = None
         self._context: Any = None
+        self._last: Any = None
+        """The inputs that the context has the addresses of."""
 
     def __enter__(self) -> Self:
         if not torch.cuda.is_available():
@@ -57,7 +59,7 @@ class EngineRunner:
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self._context = self._engine = None
+        self._context = self._engine = self._last = None
 
     def names(self, mode: str) -> list[str]:
         every = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
@@ -74,13 +76,28 @@ class EngineRunner:
         return self.bound(feeds)[1]
 
     def bound(self, feeds: Feeds) -> tuple[dict[str, torch.Tensor], Bound]:
-        """(what is bound as inputs, a run of it). Raises InputError for sizes outside of the engine's profile."""
+        """(what is bound as inputs, a run of it). Raises InputError for sizes outside of the engine's profile.
+
+        A CUDA graph has a context of its own: what a captured one is fed next would change under the graph.
+        """
         assert self._context is not None, "use the runner in a with statement"
+        context = self._engine.create_execution_context() if self.graphs else self._context
         inputs = self.names("INPUT")
         check_names({n: t for n, t in feeds.items() if n in inputs}, inputs)
         given = {n: feeds[n].to("cuda", self.dtype(n)).contiguous() for n in inputs}
+        self.point(context, given)
+        outputs = {
+            n: torch.empty(tuple(context.get_tensor_shape(n)), dtype=self.dtype(n), device="cuda")
+            for n in self.names("OUTPUT")
+        }
+        once = self.enqueued(context, given, outputs)
+        return given, self.replayed(once) if self.graphs else once
+
+    def point(self, context: Any, given: dict[str, torch.Tensor]) -> None:
+        """Gives the context these inputs' sizes and addresses."""
+        self._last = None
         for name, tensor in given.items():
-            if not self._context.set_input_shape(name, tuple(tensor.shape)):
+            if not context.set_input_shape(name, tuple(tensor.shape)):
                 low, _, high = self._engine.get_tensor_profile_shape(name, 0)
                 raise InputError(
                     f"the engine does not take {name} in this size",
@@ -88,34 +105,35 @@ class EngineRunner:
                     expected=f"{tuple(low)} to {tuple(high)}",
                     mend="build an engine with wider axes (--axis NAME=MIN:OPT:MAX)",
                 )
-            self._context.set_tensor_address(name, tensor.data_ptr())
-        outputs = {
-            n: torch.empty(tuple(self._context.get_tensor_shape(n)), dtype=self.dtype(n), device="cuda")
-            for n in self.names("OUTPUT")
-        }
-        for name, tensor in outputs.items():
-            self._context.set_tensor_address(name, tensor.data_ptr())
-        return given, self.replayed(given, outputs) if self.graphs else self.enqueued(given, outputs)
+            context.set_tensor_address(name, tensor.data_ptr())
 
-    def enqueued(self, given: Any, outputs: dict[str, torch.Tensor]) -> Bound:
-        def run(held: Any = given) -> dict[str, torch.Tensor]:
-            if not self._context.execute_async_v3(torch.cuda.current_stream().cuda_stream):
+    def enqueued(self, context: Any, given: dict[str, torch.Tensor], outputs: dict[str, torch.Tensor]) -> Bound:
+        """Other feeds may have been bound since: it is their addresses, maybe freed ones, that the context has then."""
+
+        def run() -> dict[str, torch.Tensor]:
+            if self._last is not given:
+                self.point(context, given)
+                for name, tensor in outputs.items():
+                    context.set_tensor_address(name, tensor.data_ptr())
+                self._last = given
+            if not context.execute_async_v3(torch.cuda.current_stream().cuda_stream):
                 raise GateError(f"{self.path.name}: TensorRT did not run it", mend="look at its log")
             return outputs
 
         return run
 
-    def replayed(self, given: Any, outputs: dict[str, torch.Tensor]) -> Bound:
+    def replayed(self, once: Bound) -> Bound:
         """Two runs outside of the graph first, as TensorRT asks: its lazy set-up cannot be captured."""
-        once, stream = self.enqueued(given, outputs), torch.cuda.Stream()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())  # the inputs are converted there
         with torch.cuda.stream(stream):
             once(), once()
         stream.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=stream):
-            once()
+            outputs = once()
 
-        def run(held: Any = given) -> dict[str, torch.Tensor]:
+        def run(held: Any = once) -> dict[str, torch.Tensor]:
             graph.replay()
             return outputs
 

@@ -4,9 +4,12 @@ the backend can. `bind(feeds)` gives a function that runs once on these feeds: w
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -22,7 +25,7 @@ from optimize.kernels.functions import DOMAIN
 from .onnx_model import same_as
 from .spec import Component
 from .streaming import DivergedError, groups_of, return_large_blocks, run_together, set_tensor, streamed_module
-from .trace import cast
+from .trace import cast, fused
 from .wide import WideHalf, WideRange, weight_in
 
 Feeds = Mapping[str, torch.Tensor]
@@ -53,18 +56,29 @@ def check_names(feeds: Feeds, expected: Sequence[str]) -> None:
 # --- eager -----------------------------------------------------------------------------------------------------------
 
 
-def loaded_module(component: Component, precision: str, wide: bool = False) -> torch.nn.Module:
-    """The torch module with its weights in this precision, tied ones shared; `wide` as in `wide.weight_in`."""
+def loaded_module(component: Component, precision: str, wide: bool = False, device: str = "cpu") -> torch.nn.Module:
+    """The torch module with its weights in this precision, tied ones shared; `wide` as in `wide.weight_in`.
+
+    Each weight goes to `device` as it is read: the host never holds them all. Random ones are drawn by all cores, each
+    tensor by one: a generator makes 200 million numbers a second, and SDXL's U-Net has 2.6 billion.
+    """
     module = cast(component.build(), precision)
     weights = component.weights.bind(module)
     tied = same_as(module)
-    made: dict[str, torch.Tensor] = {}
-    for name, slot in list(module.state_dict(keep_vars=True).items()):
-        source = tied.get(name, name)
-        if source not in made:
-            made[source] = weight_in(weights.tensor(source), slot.dtype, wide).reshape(slot.shape).contiguous()
-        set_tensor(module, name, made[source])
-    return module
+    slots = dict(module.state_dict(keep_vars=True))
+    sources = {tied.get(name, name): slot for name, slot in reversed(slots.items())}  # of tied ones the first decides
+
+    def made(source: str) -> torch.Tensor:
+        slot = sources[source]
+        tensor = weight_in(weights.tensor(source), slot.dtype, wide).reshape(slot.shape).contiguous()
+        return tensor if device == "cpu" else tensor.to(device)
+
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        each = (pool.map if weights.kind == "random" else map)(made, sources)
+        found = dict(zip(sources, each, strict=True))
+    for name in slots:
+        set_tensor(module, name, found[tied.get(name, name)])
+    return module if device == "cpu" else module.to(device)
 
 
 class HalfProducts(TorchFunctionMode):
@@ -95,10 +109,28 @@ class HalfProducts(TorchFunctionMode):
         return func(*wide, **named).half()
 
 
+@contextlib.contextmanager
+def exact_arithmetic(device: str) -> Iterator[None]:
+    """What a reference is computed with: on a CPU `HalfProducts`, on a GPU no TF32 in fp32. cuDNN takes it by default,
+    and its 11 bits are fp16's: fp16 would be compared with an error as large as its own."""
+    if device == "cpu":
+        with HalfProducts():
+            yield
+        return
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    matmul.allow_tf32 = cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before
+
+
 class EagerRunner:
     """torch as it is: the reference. `streamed` reads each module's weights when it runs and forgets them after.
 
-    `wide` gives fp16 the range of fp32 (`compile/wide.py`); its outputs are fp32 then.
+    `wide` gives fp16 the range of fp32 (`compile/wide.py`); its outputs are fp32 then. `kernels` rewrites the module
+    with our own operations (`kernels.fuse`): no reference any more.
     """
 
     name = "eager"
@@ -111,9 +143,10 @@ class EagerRunner:
         streamed: bool = False,
         wide: bool = False,
         device: str = "cpu",
+        kernels: bool = False,
     ) -> None:
         self.component, self.precision, self.streamed, self.wide = component, precision, streamed, wide
-        self.device = device
+        self.device, self.kernels = device, kernels
         self._module: torch.nn.Module | None = None
 
     def __enter__(self) -> Self:
@@ -121,7 +154,9 @@ class EagerRunner:
             return_large_blocks()
             self._module = streamed_module(self.component, self.precision, wide=self.wide)
         else:
-            self._module = loaded_module(self.component, self.precision, self.wide).to(self.device)
+            self._module = loaded_module(self.component, self.precision, self.wide, self.device)
+        if self.kernels:
+            fused(self._module)
         return self
 
     def __exit__(
@@ -147,7 +182,7 @@ class EagerRunner:
         return results
 
     def bind(self, feeds: Feeds) -> Bound:
-        """torch's own kernels alone: without `HalfProducts`, which only `infer` uses."""
+        """torch's own kernels and settings: without `exact_arithmetic`, which only `infer` uses."""
         assert self._module is not None, "use the runner in a with statement"
         return bound_module(self._module, self.component, feeds, self.device)
 
@@ -158,7 +193,7 @@ class EagerRunner:
             with torch.no_grad(), WideRange():
                 outputs = [t.wide if isinstance(t, WideHalf) else t for t in module(*given)]
         else:
-            with torch.inference_mode(), HalfProducts():
+            with torch.inference_mode(), exact_arithmetic(self.device):
                 outputs = module(*given)
         return dict(zip(self.component.outputs, outputs, strict=True))
 
@@ -230,6 +265,7 @@ class OnnxRuntimeRunner:
         self.entries, self.trace = entries, trace
         self.path, self.provider, self.threads, self.optimize, self.native = path, provider, threads, optimize, native
         self._session: Any = None
+        self._stream: Any = None
 
     @property
     def device(self) -> str:
@@ -244,17 +280,18 @@ class OnnxRuntimeRunner:
             raise MissingError(
                 f"ONNX Runtime has no {self.provider} here", got=", ".join(ort.get_available_providers())
             )
+        if self.device != "cpu" and torch.cuda.is_available():
+            self._stream = torch.cuda.Stream()
         self._session = ort.InferenceSession(str(self.path), self.options(ort), providers=self.providers())
         check_placement(self._session, self.provider, self.path)
         return self
 
     def providers(self) -> list[Any]:
-        if (
-            self.device == "cpu" or not torch.cuda.is_available()
-        ):  # without a GPU it falls back, and is refused for that
+        """On a GPU with a stream of ours. torch's default one is no such: its number is 0, which ONNX Runtime takes for
+        none, and computes on a stream of its own that torch's events do not see."""
+        if self._stream is None:  # without a GPU it falls back, and is refused for that
             return [self.provider]
-        stream = str(torch.cuda.current_stream().cuda_stream)  # torch's own, so that its events see the work
-        return [(self.provider, {"user_compute_stream": stream})]
+        return [(self.provider, {"user_compute_stream": str(self._stream.cuda_stream)})]
 
     def options(self, ort: Any) -> Any:
         options = ort.SessionOptions()
@@ -277,7 +314,7 @@ class OnnxRuntimeRunner:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._session = None
+        self._session = self._stream = None
 
     def infer(self, feeds: Feeds) -> dict[str, torch.Tensor]:
         return self.bind(feeds)()
@@ -294,18 +331,31 @@ class OnnxRuntimeRunner:
         binding = self._session.io_binding()
         for name, tensor in given.items():
             bind_tensor(binding, name, tensor)
-        session, device, words = self._session, self.device, None
-        if device != "cpu":  # torch's stream orders the work; who reads the outputs waits for it
+        session, device, words, stream = self._session, self.device, None, self._stream
+        if device != "cpu":  # streams order the work; who reads the outputs waits for it
             words = ort.RunOptions()
             words.add_run_config_entry("disable_synchronize_execution_providers", "1")
 
         def run(held: Any = given) -> dict[str, torch.Tensor]:
             for name in names:  # anew for each run, else it writes over what the last one gave
                 binding.bind_output(name, device)
-            session.run_with_iobinding(binding, words)
+            with ordered(stream):
+                session.run_with_iobinding(binding, words)
             return {n: tensor_of(v) for n, v in zip(names, binding.get_outputs(), strict=True)}
 
         return run
+
+
+@contextlib.contextmanager
+def ordered(stream: Any) -> Iterator[None]:
+    """Work on `stream` (None: on a CPU) after what torch's current stream has to do, and before what it gets next."""
+    if stream is None:
+        yield
+        return
+    here = torch.cuda.current_stream()
+    stream.wait_stream(here)
+    yield
+    here.wait_stream(stream)
 
 
 PLACEMENT = "session.record_ep_graph_assignment_info"

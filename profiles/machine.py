@@ -148,16 +148,29 @@ def processor_seconds(ours: Iterable[int] = ()) -> tuple[float, float, float]:
 
 @cache
 def nvml_or_none() -> tuple[Any, Any] | None:
-    """(NVML, the first visible GPU's handle); None where there is no driver or the package is not installed."""
+    """(NVML, the handle of torch's GPU); None where there is no driver or the package is not installed.
+
+    NVML counts all GPUs of the machine, in another order and whatever CUDA_VISIBLE_DEVICES hides: the UUID is the same.
+    """
     try:
         import pynvml
     except ImportError:
         return None
     try:
         pynvml.nvmlInit()
-        return pynvml, pynvml.nvmlDeviceGetHandleByIndex(0)
+        return pynvml, handle_of_uuid(pynvml) or pynvml.nvmlDeviceGetHandleByIndex(0)
     except pynvml.NVMLError:
         return None
+
+
+def handle_of_uuid(library: Any) -> Any:
+    """None where torch tells no UUID, or NVML knows none such."""
+    import torch
+
+    with contextlib.suppress(library.NVMLError, AttributeError, RuntimeError, AssertionError):
+        uuid = str(torch.cuda.get_device_properties(0).uuid)
+        return library.nvmlDeviceGetHandleByUUID((uuid if uuid.startswith("GPU-") else f"GPU-{uuid}").encode())
+    return None
 
 
 def gpu_here() -> Gpu:

@@ -74,8 +74,9 @@ class CallSeat(Seat):
     """A seat whose inputs are at hand, and whose outputs stay in memory."""
 
     def bind(self, feeds: str = "") -> dict[str, Any]:
-        self.run = self.runner.bind()
-        return {"first_ms": self.once(), "second_ms": self.once(), "cached": False}
+        with self.counted():
+            self.run = self.runner.bind()
+            return {"first_ms": self.once(), "second_ms": self.once(), "cached": False}
 
     def found(self) -> Tensors:
         assert self.run is not None

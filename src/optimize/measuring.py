@@ -37,8 +37,10 @@ STEPS = (
 )
 HEADROOM = 0.7
 """Share of the free memory that candidates may take together; more of them go one group after another."""
-COPIES = 2.5
-"""Times its weights that a candidate may take: while they are read they are there twice."""
+COPIES: Mapping[str, float] = {"cpu": 2.5, "cuda": 1.5}
+"""Device -> times its weights that a candidate may take: while they are read a host has them twice, a GPU has not."""
+BYTES: Mapping[str, int] = {"fp16": 2, "bf16": 2}
+"""Precision -> bytes of a weight. 4 of any other: runtimes may unpack few bits."""
 
 
 class Place(Protocol):
@@ -221,11 +223,24 @@ def opened_place(task: Task, job: Job) -> Iterator[Place]:
 
 def groups_of(task: Task, chosen: Sequence[Candidate], reference: Candidate | None) -> list[list[Candidate]]:
     """Candidates that fit into memory together, the reference in every group: ratios are within one."""
-    weights = sum(p.numel() for p in task.component.build().parameters()) * 4 if task.component.weights.kind else 0
-    free, rest = free_bytes(task.device) * HEADROOM, [c for c in chosen if c is not reference]
-    fit = max(1, int(free / max(COPIES * weights, 1)) - (reference is not None))
-    groups = [rest[i : i + fit] for i in range(0, len(rest), fit)] or [[]]
-    return [[*([reference] if reference else []), *group] for group in groups]
+    numbers = sum(p.numel() for p in task.component.build().parameters()) if task.component.weights.kind else 0
+    always = [reference] if reference else []
+    room = free_bytes(task.device) * HEADROOM - sum(needed_bytes(task, c, numbers) for c in always)
+    groups: list[list[Candidate]] = [[]]
+    left = room
+    for candidate in (c for c in chosen if c is not reference):
+        need = needed_bytes(task, candidate, numbers)
+        if need > left and groups[-1]:
+            groups.append([])
+            left = room
+        groups[-1].append(candidate)
+        left -= need
+    return [[*always, *group] for group in groups]
+
+
+def needed_bytes(task: Task, candidate: Candidate, numbers: int) -> float:
+    """Of its weights. What a run takes beside them is what the headroom is for."""
+    return COPIES[task.device] * numbers * BYTES.get(candidate.job.base, 4)
 
 
 def free_bytes(device: str) -> int:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,7 +49,7 @@ class Seat:
         self.make, self.device, self.threads = runner, device, threads
         self.runner: Any = None
         self.run: Callable[[], Any] | None = None
-        self.before = 0
+        self.before = self.taken = self.peak = 0
 
     def open(self) -> dict[str, float]:
         """Loads it. `load_s` is from the file to ready, without importing libraries."""
@@ -59,14 +59,29 @@ class Seat:
             torch.set_num_threads(self.threads)
         self.runner = self.make()
         self.before = used_bytes(self.device)
-        start = time.perf_counter()
-        self.runner.__enter__()
-        return {"load_s": time.perf_counter() - start}
+        with self.counted():
+            start = time.perf_counter()
+            self.runner.__enter__()
+            return {"load_s": time.perf_counter() - start}
+
+    @contextlib.contextmanager
+    def counted(self) -> Iterator[None]:
+        """What a step takes of the GPU's memory. Other seats lie idle on the same GPU meanwhile: what they have taken
+        since this one was opened is not its own."""
+        if self.device == "cpu":
+            yield
+            return
+        before = used_bytes(self.device)
+        yield
+        self.taken += used_bytes(self.device) - before
+        self.peak = max(self.peak, self.taken)
 
     def bind(self, feeds: str) -> dict[str, Any]:
         """Binds feeds; the first run of all is timed apart, and compiles where the backend does."""
-        self.run = self.runner.bind(read(feeds))
-        return {"first_ms": self.once(), "second_ms": self.once(), "cached": bool(getattr(self.runner, "cached", 0))}
+        with self.counted():
+            self.run = self.runner.bind(read(feeds))
+            first, second = self.once(), self.once()
+        return {"first_ms": first, "second_ms": second, "cached": bool(getattr(self.runner, "cached", 0))}
 
     def once(self) -> float:
         assert self.run is not None, "bind first"
@@ -83,7 +98,8 @@ class Seat:
         from safetensors.torch import save_file
 
         given = read(feeds)
-        found = self.runner.bind(given)() if bound else self.runner.infer(given)
+        with self.counted():
+            found = self.runner.bind(given)() if bound else self.runner.infer(given)
         save_file({n: t.detach().cpu().clone().contiguous() for n, t in found.items()}, out)
         return list(found)
 
@@ -94,9 +110,10 @@ class Seat:
         return asdict(burst_of(self.run, self.device, ms, warmup_ms, cold))
 
     def memory(self) -> dict[str, int | None]:
-        """Peaks above what the process (or the GPU) had before it was opened."""
-        peak = max(0, peak_bytes(self.device) - self.before)
-        return {"host": peak, "device": None} if self.device == "cpu" else {"host": None, "device": peak}
+        """Peaks above what the process had before it was opened; on a GPU what its own steps have taken."""
+        if self.device != "cpu":
+            return {"host": None, "device": self.peak}
+        return {"host": max(0, host_peak_bytes() - self.before), "device": None}
 
     def close(self) -> None:
         if self.runner is not None:
@@ -112,11 +129,12 @@ def read(path: str) -> dict[str, Any]:
 
 
 def used_bytes(device: str) -> int:
-    """Memory in use now; the peak is counted from here on."""
+    """Memory in use now, on a GPU by all its processes (allocators keep what they took); a CPU's peak is counted from
+    here on."""
     if device == "cuda":
         import torch
 
-        torch.cuda.init()
+        torch.cuda.synchronize()
         free, total = torch.cuda.mem_get_info()
         return total - free
     import psutil
@@ -126,9 +144,7 @@ def used_bytes(device: str) -> int:
     return int(psutil.Process().memory_info().rss)
 
 
-def peak_bytes(device: str) -> int:
-    if device == "cuda":
-        return used_bytes(device)  # allocators keep what they took
+def host_peak_bytes() -> int:
     with contextlib.suppress(OSError, StopIteration, ValueError):
         lines = Path("/proc/self/status").read_text().splitlines()
         return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
