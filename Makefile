@@ -30,6 +30,7 @@ gpu: $(READY)
 	$(BIN)/python -c "import torch, sys; sys.exit(0 if torch.cuda.is_available() else 'skipped: needs a GPU')"
 	$(BIN)/python -m pytest tests/test_gluon_attention.py tests/test_gpu.py tests/interpreted_*.py
 	$(BIN)/python tools/bench_kernels.py --tune --write-tables --family attention --family norms --family group-norms --family blocks --table
+	$(BIN)/python tools/bench_models.py --seconds 1800
 
 # for a release: the Triton kernels for six GPUs in it, compiled here without one; what was compiled before is kept
 wheel: $(READY)

@@ -26,7 +26,7 @@ import torch
 
 from optimize.errors import InputError, MissingError, OptimizeError
 from optimize.tools import bench_machine
-from optimize.tools.kernel_cases import FAMILIES, GOALS, Call, Case
+from optimize.tools.kernel_cases import FAMILIES, GOALS, Call, Case, Goal
 
 ROOT = Path(__file__).resolve().parents[1]
 SCHEMA = 1
@@ -199,10 +199,10 @@ def versions() -> dict[str, str]:
     return found
 
 
-def goal_rows(cases: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def goal_rows(cases: Sequence[Mapping[str, Any]], goals: Mapping[str, Goal] = GOALS) -> list[dict[str, Any]]:
     """For each goal its worst case: a mean would hide a shape that lost."""
     rows = []
-    for id_, goal in GOALS.items():
+    for id_, goal in goals.items():
         found = [c for c in cases if c["goal"] == id_]
         values = [c["value"] for c in found if c["value"] is not None]
         if not values:

@@ -11,15 +11,20 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+from optimize.profiles.schema import Timing
+from optimize.profiles.timing import ratio_of
 from optimize.tools import bench_machine
+from optimize.tools.bench_machine import WorkerFailed
 
 SOURCE, PRECISIONS = "demo", ("fp32", "int8")
 BACKENDS = ("eager", "torch.compile", "onnxruntime")
@@ -77,7 +82,6 @@ def exported(folder: Path) -> Path:
 def profiled(bundle: Path, args: argparse.Namespace, index: int) -> dict[str, Any]:
     """`optimize profile`, in a process of its own, as a user runs it."""
     words = [
-        "profile",
         str(bundle),
         "--shape",
         args.shape,
@@ -88,19 +92,45 @@ def profiled(bundle: Path, args: argparse.Namespace, index: int) -> dict[str, An
         "--seed",
         str(index),
     ]
-    words += ["--rounds", str(args.rounds), "--burst", str(args.burst), "--json"]
+    words += ["--rounds", str(args.rounds), "--burst", str(args.burst)]
     for name in args.component:
         words += ["--component", name]
     for name in args.backend or BACKENDS:
         words += ["--backend", name]
-    bench_machine.say(f"process {index + 1}: optimize {' '.join(words[2:])}")
-    done = subprocess.run(
-        [sys.executable, "-m", "optimize.tools.cli", *words], capture_output=True, text=True, check=False
-    )
-    if done.returncode not in (0, 1):
-        raise SystemExit(done.stderr)
-    found: dict[str, Any] = json.loads(done.stdout)
+    bench_machine.say(f"process {index + 1}: optimize profile {' '.join(words[1:])}")
+    try:
+        return run_profile(words)
+    except WorkerFailed as e:
+        raise SystemExit(f"bench_profiler: {e}") from e
+
+
+def run_profile(words: Sequence[str], seconds: float | None = None) -> dict[str, Any]:
+    """The record of `optimize profile WORDS`, in a process of its own, as a user runs it.
+
+    Raises WorkerFailed where it breaks, or takes longer than `seconds`: it and all that it started are ended then.
+    """
+    command = [sys.executable, "-m", "optimize.tools.cli", "profile", *words, "--json"]
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as said:
+        process = subprocess.Popen(command, stdout=out, stderr=said, process_group=0)
+        try:
+            code = process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            raise WorkerFailed(f"it took more than {seconds:.0f} s; last: {last_line(said)}") from None
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        if code not in (0, 1):
+            raise WorkerFailed(f"exit code {code}: {last_line(said)}")
+        out.seek(0)
+        found: dict[str, Any] = json.load(out)
     return found
+
+
+def last_line(file: IO[bytes]) -> str:
+    """What it said last; of an error what, got and expected stand on a line each."""
+    file.seek(0)
+    return bench_machine.last_words(file.read().decode(errors="replace") or "silent")[:400]
 
 
 def label(row: Mapping[str, Any]) -> str:
@@ -128,13 +158,21 @@ def summary(record: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def agreement(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Per component: the picks, the spread of every ratio, and what the picks cost beside the true best."""
+def ratio(row: Mapping[str, Any], reference: Mapping[str, Any]) -> float:
+    """A row's latency over that of another one of the same record, round by round."""
+    ours, theirs = (Timing.model_validate(r["timing"]) for r in (row, reference))
+    return ratio_of(ours, theirs, label(reference)).value
+
+
+def agreement(records: Sequence[Mapping[str, Any]], to: str = "eager fp32") -> list[dict[str, Any]]:
+    """Per component: the picks, the spread of every ratio (to the candidate `to`), and what the picks cost beside the
+    true best. Only candidates that every record has count."""
     every, found = [timed(r) for r in records], []
     for component in dict.fromkeys(c for rows in every for c, _ in rows):
         names = [n for c, n in every[0] if c == component and all((component, n) in rows for rows in every)]
         pooled = {n: statistics.median(rows[component, n]["timing"]["median_ms"] for rows in every) for n in names}
-        ratios = {n: [rows[component, n]["ratio"]["value"] for rows in every] for n in names}
+        held = names if to in names else []
+        ratios = {n: [ratio(rows[component, n], rows[component, to]) for rows in every] for n in held}
         spreads = {n: (max(r) - min(r)) / statistics.median(r) for n, r in ratios.items()}
         picks = [
             f"{p['backend']} {p['precision']}"
@@ -142,6 +180,8 @@ def agreement(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             for p in r["choice"]["picks"]
             if p["component"] == component
         ]
+        if not names:
+            continue
         best = min(pooled, key=lambda n: pooled[n])
         found.append(
             {
@@ -149,10 +189,11 @@ def agreement(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
                 "picks": picks,
                 "same_pick": len(set(picks)) == 1,
                 "best": best,
-                "pick_over_best": max(pooled[p] for p in picks) / pooled[best],
+                "pooled_ms": pooled,
+                "pick_over_best": max(pooled[p] for p in picks) / pooled[best] if {*picks} <= {*pooled} else None,
                 "ratios": ratios,
                 "spreads": spreads,
-                "worst_spread": max(spreads.values()),
+                "worst_spread": max(spreads.values(), default=None),
             }
         )
     return found
@@ -225,8 +266,8 @@ def show(record: Mapping[str, Any]) -> None:
     for row in record["agreement"]:
         print(
             f"{row['component']}: picks {', '.join(row['picks'])} ({'same' if row['same_pick'] else 'NOT THE SAME'}); "
-            f"best {row['best']}; G13 pick/best {row['pick_over_best']:.3f} (floor {PICK_GOAL}); "
-            f"G14 worst spread of a ratio {row['worst_spread']:.1%} (floor {SPREAD_GOAL:.0%})"
+            f"best {row['best']}; G13 pick/best {row['pick_over_best'] or 0:.3f} (floor {PICK_GOAL}); "
+            f"G14 worst spread of a ratio {row['worst_spread'] or 0:.1%} (floor {SPREAD_GOAL:.0%})"
         )
     for row in record["clocks"]:
         said = ", ".join(f"{k} {v:.3f}" for k, v in row["ours_over"].items())
