@@ -204,7 +204,7 @@ def parser() -> argparse.ArgumentParser:
     words.add_argument("--bundle", **repeated, metavar="CASE=DIR", help="profile this bundle of the case's component")
     words.add_argument("--fresh", action="store_true", help="measure again what the record has")
     words.add_argument("--records", type=Path, default=ROOT / "profiles" / "records", metavar="DIR")
-    words.add_argument("--table", action="store_true", help="print the record and measure nothing")
+    words.add_argument("--table", action="store_true", help="print the records and measure nothing")
     return words
 
 
@@ -233,13 +233,14 @@ def plan_from(args: argparse.Namespace) -> Plan:
 
 
 def run(args: argparse.Namespace) -> None:
+    if args.table:
+        paths = sorted(args.records.glob("models-*.json"))
+        if not paths:
+            raise InputError(f"no records in {args.records}", expected="models-GPU.json", mend="make gpu, on a GPU")
+        print("\n\n".join(table(json.loads(path.read_text())) for path in paths))
+        return
     plan = plan_from(args)
     path = path_of(args.records, plan.machine, args.tiny)
-    if args.table:
-        if not path.exists():
-            raise InputError(f"no record at {path}", mend="make gpu, on a GPU")
-        print(table(json.loads(path.read_text())))
-        return
     names = [n for n in CASES if not args.case or n in args.case]
     record = run_cases(names, plan, path, args.fresh, args.again)
     say(f"{path}")
