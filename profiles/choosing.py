@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from optimize.errors import InputError
 
-from .composing import PICKED
+from .composing import IMAGE, PICKED, image_rows
 from .ranking import Option, decided, front_of, latency, median, ranked, tied
 from .schema import Choice, Cost, Pick, PipelinePart, PipelineTime, Profile
 from .wishes import PERCENTILES, Miss, Wishes, memory_misses, quality_misses, slo_misses
@@ -72,10 +72,21 @@ def choose(profile: Profile, wishes: Wishes, shape: str | None = None) -> Choice
         met=not missed,
         missed=tuple(missed),
         picks=[pick_of(chosen[c], options[c], misses[c], rankings[c]) for c in options],
-        front={c: [r.candidate for r in front_of(o.row for o in found)] for c, found in options.items()},
+        front=fronts_of(options, profile),
         pipeline=time_of(chosen, profile.pipelines[0]) if together else None,
         cost=cost_of(run_ms, wishes) if wishes.price_per_hour is not None else None,
     )
+
+
+def fronts_of(options: Mapping[str, Sequence[Option]], profile: Profile) -> dict[str, list[str]]:
+    """Of each component, and of the pipeline's variants."""
+    found = {c: [r.candidate for r in front_of(o.row for o in every)] for c, every in options.items()}
+    images = image_rows(profile.rows, profile.pipelines)
+    shape = images[0].shape if images else ""
+    return {
+        **found,
+        **({IMAGE: [r.candidate for r in front_of(r for r in images if r.shape == shape)]} if images else {}),
+    }
 
 
 def options_by_component(profile: Profile, shape: str | None) -> tuple[dict[str, list[Option]], list[str]]:

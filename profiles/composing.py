@@ -18,7 +18,7 @@ from typing import Any
 from optimize.compile.records import ComponentRecord
 from optimize.errors import InputError
 
-from .schema import Pick, PipelinePart, PipelineTime, Row
+from .schema import Pick, PipelinePart, PipelineTime, Row, Timing
 
 DENOISERS = ("unet", "dit")
 UNDOUBLED = ("FluxTransformer2DModel", "UNet2DModel")
@@ -245,3 +245,63 @@ def remarks(rows: Iterable[Row], row: Row, wanted: Candidate | None, shape: str,
     if row.state == "inconclusive":
         said.append(f"{name} as {row.candidate}: its latency is inconclusive")
     return said
+
+
+# --- a pipeline's candidates ------------------------------------------------------------------------------------------
+
+IMAGE = "an image"
+
+
+def image_rows(rows: Sequence[Row], times: Sequence[PipelineTime]) -> list[Row]:
+    """Each variant of a pipeline as a row of its own, for a front of latency and quality: times are the sum of its
+    parts', the quality is that of its worst part."""
+    found = []
+    for time in times:
+        parts = [(part, row) for part in time.parts if (row := row_of_part(rows, time, part)) is not None]
+        if len(parts) == len(time.parts) and parts:
+            found.append(image_row(time, parts))
+    return found
+
+
+def row_of_part(rows: Iterable[Row], time: PipelineTime, part: PipelinePart) -> Row | None:
+    """The row at the sizes of the call; its latency times the calls is the part's."""
+    same = [r for r in rows if r.component == part.component and r.candidate == part.candidate and r.timing]
+    return min(same, key=lambda r: abs(part.calls * (r.timing.median_ms if r.timing else 0) - part.ms), default=None)
+
+
+def image_row(time: PipelineTime, parts: Sequence[tuple[PipelinePart, Row]]) -> Row:
+    words = time.variant.split(" ", 1)
+    first = parts[0][1]
+    sure = all(row.state == "measured" for _, row in parts)
+    judged = [row for _, row in parts if row.quality is not None]
+    worst = min(judged, key=lambda r: r.quality.cosine if r.quality else 1.0, default=first)
+    return first.model_copy(
+        update={
+            "component": IMAGE,
+            "role": "pipeline",
+            "shape": time.shape,
+            "sizes": {},
+            "backend": words[0],
+            "precision": words[1] if len(words) > 1 else "",
+            "state": "measured" if sure else "inconclusive",
+            "why": "" if sure else "a part's rounds do not agree",
+            "parity": worst.parity,
+            "quality": worst.quality,
+            "timing": summed(parts, sure),
+        }
+    )
+
+
+def summed(parts: Sequence[tuple[PipelinePart, Row]], sure: bool) -> Timing:
+    """Percentiles and rounds of the parts, times their calls, added up."""
+    timings = [(part.calls, row.timing) for part, row in parts if row.timing is not None]
+    fields = ("median_ms", "p10_ms", "p90_ms", "p95_ms", "p99_ms")
+    rounds = zip(*([calls * ms for ms in t.rounds_ms] for calls, t in timings), strict=False)
+    return timings[0][1].model_copy(
+        update={
+            **{field: sum(calls * getattr(t, field) for calls, t in timings) for field in fields},
+            "rounds_ms": [sum(each) for each in rounds],
+            "stable": sure,
+            "cpu_ms": None,
+        }
+    )

@@ -213,7 +213,7 @@ class Row(Record):
 
     @property
     def candidate(self) -> str:
-        return f"{self.backend} {self.precision}"
+        return f"{self.backend} {self.precision}".strip()
 
     @model_validator(mode="after")
     def proved(self) -> Self:

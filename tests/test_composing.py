@@ -24,12 +24,13 @@ from optimize.profiles.composing import (
     batch_factor,
     calls_of,
     denoiser_steps,
+    image_rows,
     is_guided,
     pipeline_times,
 )
 from optimize.profiles.drawing import Drawing, hollow
 from optimize.profiles.end_to_end import Typed, drawing_at, measure_pipeline, with_measured
-from optimize.profiles.schema import Pick, Row, RowParity, Timing
+from optimize.profiles.schema import Pick, Row, RowParity, RowQuality, Timing
 from optimize.quantize.pipelines import load_pipeline
 
 
@@ -276,6 +277,23 @@ def test_picks_are_a_variant(demo_records: dict[str, ComponentRecord]) -> None:
     ]
     picked = pipeline_times(rows, demo_records, 3, False, picks=picks)[0][-1]
     assert picked.variant == "picked" and picked.composed_ms == 2 + 30 + 1 and picked.notes == ()
+
+
+def test_a_variant_is_a_row_for_the_front(demo_records: dict[str, ComponentRecord]) -> None:
+    """Latency and rounds are the parts' sums, quality is that of the worst part."""
+    rows = [*EAGER, row("unet", 6.0, 1, candidate="onnxruntime int8", state="inconclusive", why="wild")]
+    good, bad = (
+        RowQuality(output="x", cosine=c, lowest=c, snr_db=30, psnr_db=30, samples=1, data="") for c in (0.9999, 0.99)
+    )
+    rows = [r.model_copy(update={"quality": bad if "int8" in r.candidate else good}) for r in rows]
+    times, _ = pipeline_times(rows, demo_records, 7, False)
+    eager, int8 = image_rows(rows, times)
+    assert (eager.candidate, int8.candidate) == ("eager fp32", "onnxruntime int8")
+    assert eager.timing and int8.timing and eager.timing.median_ms == times[0].composed_ms == 77
+    assert int8.timing.median_ms == times[1].composed_ms == 2 + 42 + 5
+    assert int8.quality == bad and eager.quality == good
+    assert (eager.state, int8.state) == ("measured", "inconclusive")
+    assert len(eager.timing.rounds_ms) == len(rows[0].timing.rounds_ms)  # type: ignore[union-attr]
 
 
 def test_a_sum_that_lacks_a_part_is_none(demo_records: dict[str, ComponentRecord]) -> None:

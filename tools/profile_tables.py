@@ -163,8 +163,8 @@ def show_answer(console: Console, profile: Profile) -> None:
         console.print(text(f"  {miss}", "red"))
     for c in view["cards"]:
         figures = ", ".join(filter(None, (c["latency"], c["speed"], c["quality"], c["memory"])))
-        console.print(text(f"  {c['component']} at {c['measured_at']}: ") + text(f"{c['backend']} {c['precision']}", "bold")
-                      + text(f", {figures}"))  # fmt: skip
+        where, what = f"  {c['component']} at {c['measured_at']}: ", f"{c['backend']} {c['precision']}"
+        console.print(text(where) + text(what, "bold") + text(f", {figures}"))
         if view["chosen"]:
             console.print(text(f"    {c['why']}" + (f"; next: {c['runner_up']}" if c["runner_up"] else ""), "dim"))
     if view["pipeline"]:

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
+from optimize.profiles.composing import IMAGE, PICKED, image_rows
 from optimize.profiles.schema import Limits, Profile, Row
 
 from .report_words import (
@@ -51,6 +52,11 @@ def pareto_figures(profile: Profile) -> list[tuple[str, str, Figure]]:
         shown = [r for r in timed(rows) if snr_of(r) is not None]
         if len(shown) > 1:
             found.append((component, shape, pareto(shown, picks_of(profile, component, shape))))
+    images = image_rows(profile.rows, profile.pipelines)
+    for shape in dict.fromkeys(r.shape for r in images):
+        shown = timed(r for r in images if r.shape == shape)
+        if len(shown) > 1:
+            found.append((f"{IMAGE} (composed)", shape, pareto(shown, {PICKED})))
     return found
 
 
