@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,12 @@ def limits_of_device(device: str = "cpu", threads: int = 0, seconds: float = SEC
     if device.partition(":")[0] not in ("cpu", "cuda"):
         raise InputError("unknown device", got=device, expected="cpu or cuda")
     return cpu_limits(threads, seconds) if device == "cpu" else cuda_limits(device, seconds)
+
+
+@cache
+def limits_here(device: str, threads: int = 0) -> Limits:
+    """`limits_of_device`, measured once in a process: a machine's limits stay."""
+    return limits_of_device(device, threads)
 
 
 def limits_from_sheet(name: str | TargetSheet) -> Limits:

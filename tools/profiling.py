@@ -31,8 +31,9 @@ def what_words(verb: argparse.ArgumentParser) -> None:
         "--backend",
         **repeated,
         metavar="B",
-        help="eager, torch.compile (also -max-autotune, -regional, -cudagraphs), aoti, onnxruntime (also -cuda, "
-        "-tensorrt), tensorrt (also -cudagraphs); repeat for more (default: what is there)",
+        help="eager, torch.compile (also -max-autotune, -regional, -cudagraphs), fused (our kernels; also "
+        "torch.compile-fused), aoti, onnxruntime (also -cuda, -tensorrt), tensorrt (also -cudagraphs); repeat for more "
+        "(default: what is there)",
     )
     verb.add_argument("--precision", **repeated, metavar="P", help="fp32, fp16, bf16, int8, ...; repeat for more")
     verb.add_argument(

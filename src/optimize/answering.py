@@ -27,14 +27,14 @@ def answered(session: Session, rows: Sequence[Row], older: Profile | None) -> Pr
     from optimize.profiles.choosing import choose
     from optimize.profiles.comparing import compare
     from optimize.profiles.composing import PICKED
-    from optimize.profiles.limits import limits_of_device
+    from optimize.profiles.limits import limits_here
     from optimize.profiles.reading import RECORD, write_profile
     from optimize.profiles.schema import Profile
 
     request = session.request
     load = session.meter.load()
     with session.progress.step("limits of this device"):
-        limits = limits_of_device(request.device, request.threads)
+        limits = limits_here(request.device, request.threads)
     rows = [with_work(session, row, limits) for row in rows]
     estimates = list(estimates_of(session, rows))
     record = Profile(

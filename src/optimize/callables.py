@@ -97,7 +97,7 @@ def profile_callables(what: Any, inputs: Any, request: Request, progress: Progre
 
     Raises InputError for words that only bundles and sources take, and for callables that give no tensors.
     """
-    from optimize.profiles.limits import limits_of_device
+    from optimize.profiles.limits import limits_here
     from optimize.profiles.machine import Meter, machine_here
     from optimize.profiles.reading import RECORD, write_profile
     from optimize.profiles.schema import Profile
@@ -108,7 +108,7 @@ def profile_callables(what: Any, inputs: Any, request: Request, progress: Progre
     with progress.step("profile " + ", ".join(functions)):
         rows = rows_of_callables(functions, inputs if inputs is not None else (), request, progress)
     with progress.step("limits of this device"):
-        limits = limits_of_device(request.device, request.threads)
+        limits = limits_here(request.device, request.threads)
     load = meter.load()
     record = Profile(
         made=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
