@@ -192,7 +192,8 @@ def reasons(
         yield f"at {option.at.shape}, as the pipeline calls it"
     for other in following:
         tie = f", a tie: {decided(option, other)} decided" if tied(option.at, other.at) else ""
-        yield f"{latency(other.at) / latency(option.at):.2f}x faster than the next, {other.row.candidate}{tie}"
+        unsure = "" if option.sure and other.sure else " (what is inconclusive by its slowest round)"
+        yield f"{latency(other.at) / latency(option.at):.2f}x faster than the next, {other.row.candidate}{unsure}{tie}"
     if option.row.quality is not None:
         yield f"cosine {option.row.quality.cosine:.6f}"
     if not option.sure:

@@ -141,10 +141,12 @@ def change_of(key: Key, before: Row | None, after: Row | None, doubt: str) -> Ch
     if then is None:
         return Change(**base, verdict="new", why=f"before: {before.why}" if before is not None else "")
     assert before is not None and after is not None
-    why = why_not(before, after) or doubt or why_noise(then, now)
+    unknown = why_not(before, after) or doubt
+    why = unknown or why_noise(then, now)
     ratio = now.median_ms / then.median_ms
     sign: Literal["slower", "faster"] = "slower" if ratio > 1 else "faster"
-    return Change(**{**base, "ratio": ratio, "significant": not why}, verdict="same" if why else sign, why=why)
+    verdict: Any = "undecided" if unknown else "same" if why else sign
+    return Change(**{**base, "ratio": ratio, "significant": not why}, verdict=verdict, why=why)
 
 
 def why_not(before: Row, after: Row) -> str:

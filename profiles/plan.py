@@ -83,7 +83,10 @@ def plan_from(what: Any) -> Plan:
         return what
     if isinstance(what, Profile):
         return plan_of(what)
-    path, expected = Path(what), "a file that `optimize profile --plan FILE` wrote"
+    expected = "a file that `optimize profile --plan FILE` wrote"
+    if not isinstance(what, str | Path):
+        raise InputError("this is no plan", got=type(what).__name__, expected=f"a record of a profile, or {expected}")
+    path = Path(what)
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:

@@ -329,7 +329,8 @@ class Choice(Record):
 
 
 class Change(Record):
-    """A row beside the same one of an older record. `significant` where the difference is beyond both's own noise."""
+    """A row beside the same one of an older record. `significant` where the difference is beyond both's own noise;
+    "undecided" where the records cannot tell (a busy machine, rounds that do not agree), whatever the difference."""
 
     component: str
     shape: str
@@ -338,7 +339,7 @@ class Change(Record):
     after_ms: float | None
     ratio: float | None
     significant: bool
-    verdict: Literal["slower", "faster", "same", "new", "gone"]
+    verdict: Literal["slower", "faster", "same", "undecided", "new", "gone"]
     why: str = ""
 
 

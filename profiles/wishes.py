@@ -85,6 +85,7 @@ def wishes_from_words(
     for word, value in (("memory", memory), ("price-per-hour", price_per_hour)):
         if value is not None and not (value > 0 and math.isfinite(value)):
             raise InputError(f"--{word} is no such thing", got=value, expected="a number above zero")
+    per_second = load_from_text(load) if load is not None else None
     if load is not None and price_per_hour is None:
         raise InputError("--load needs a price", got=load, expected="--price-per-hour too", mend="give both")
     return Wishes(
@@ -92,7 +93,7 @@ def wishes_from_words(
         tuple(quality_from_text(text) for text in quality),
         memory,
         price_per_hour,
-        load_from_text(load) if load is not None else None,
+        per_second,
     )
 
 
@@ -110,7 +111,11 @@ def slo_from_text(text: str) -> Slo:
             mend="such as --slo 'p95<100ms'",
         ) from e
     if figure not in PERCENTILES or not 0 < limit < math.inf:
-        raise InputError("--slo asks for something else", got=text, expected=", ".join(PERCENTILES) + " above zero")
+        raise InputError(
+            "--slo asks for something else",
+            got=text,
+            expected=f"one of {', '.join(PERCENTILES)}, and a time above zero",
+        )
     return Slo(figure, sign, limit)
 
 
@@ -119,7 +124,7 @@ def quality_from_text(text: str) -> Budget:
     from optimize.quantize.measures import budget_from_text
 
     try:
-        return budget_from_text(text, dict.fromkeys(QUALITY, ">="))
+        found = budget_from_text(text, dict.fromkeys(QUALITY, ">="))
     except InputError as e:
         raise InputError(
             "--quality was not understood",
@@ -127,6 +132,9 @@ def quality_from_text(text: str) -> Budget:
             expected=", ".join(f"{f}>=NUMBER" for f in QUALITY),
             mend="such as --quality 'cosine>=0.999'",
         ) from e
+    if found.figure == "cosine" and found.limit > 1:
+        raise InputError("--quality asks for what cannot be", got=text, expected="a cosine of at most 1")
+    return found
 
 
 def load_from_text(text: str) -> float:

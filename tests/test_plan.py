@@ -222,3 +222,13 @@ def test_other_files_are_no_plans(made: Path, tmp_path: Path, text: str | None, 
 def test_a_profile_without_an_answer_makes_no_plan() -> None:
     with pytest.raises(InputError, match="no answer to make a plan of"):
         plan_of(a_profile())
+
+
+def test_a_plan_that_meets_no_wish_or_contradicts_itself_is_refused(made: Path) -> None:
+    with pytest.raises(GateError, match="does not meet the wishes"):
+        optimize.load(made, plan=plan_with(met=False, wishes=("p95<1us",)))
+    part = plan_of(profiled(made, fp32=63.0)).parts[COMPONENT]
+    with pytest.raises(InputError, match="contradicts itself"):
+        optimize.load(made, plan=plan_with(parts={COMPONENT: part.model_copy(update={"precision": "int8"})}))
+    with pytest.raises(InputError, match="this is no plan"):
+        optimize.load(made, plan={})

@@ -291,6 +291,13 @@ def test_a_killed_run_keeps_what_it_measured_and_goes_on(
         ({"components": ["unets"]}, "no component unets"),
         ({"rounds": 1}, "--rounds is too small"),
         ({"samples": -1}, "--samples is below zero"),
+        ({"precisions": ["fp15"]}, "unknown precision fp15"),
+        ({"threads": 9999}, "--threads does not fit this machine"),
+        ({"seed": -1}, "--seed is below zero"),
+        ({"steps": 0}, "--steps is too small"),
+        ({"guidance": float("nan")}, "--guidance is no scale"),
+        ({"quality": ["cosine>=2"]}, "what cannot be"),
+        ({"load": "3/fortnight"}, "--load was not understood"),
         ({"operators": "some"}, "unknown word some"),
         ({"device": "tpu"}, "unknown device tpu"),
         ({"targets": ["rtx-9999"]}, "no sheet for the target"),
@@ -326,14 +333,35 @@ def test_a_guided_pipeline_has_its_denoiser_at_twice_the_batch(bundle: Path) -> 
     assert sizes["unet", "opt+guided"].startswith("batch=2") and ("vae_decoder", "opt+guided") not in sizes
 
 
-def test_the_command_prints_and_says_when_a_wish_is_not_met(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_prints_and_says_when_a_wish_is_not_met(
+    bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = tmp_path / "plan.json"
     words = ["profile", str(bundle), "--component", "text_encoder", "--backend", "onnxruntime", "--precision", "fp32"]
     words += ["--rounds", "3", "--burst", "3", "--attempts", "1", "--samples", "0", "--operators", "none"]
-    assert main([*words, "--slo", "p95<1us"]) == 1
-    assert "text_encoder" in capsys.readouterr().out
+    assert main([*words, "--slo", "p95<1us", "--plan", str(plan)]) == 1
+    said = capsys.readouterr()
+    assert "text_encoder" in said.out and "is not written: nobody meets the wishes" in said.err and not plan.exists()
+    assert main([*words, "--fail-on", "slower"]) == 2  # a gate that has lost its record does not pass
     assert main([*words, "--slo", "p95<1000s", "--json"]) == 0
     record = Profile.model_validate(json.loads(capsys.readouterr().out))
     assert record.choice and record.choice.met and record.choice.wishes
+    assert "--slo 'p95<1000000ms'" in record.command and "--rounds 3" in record.command
+
+
+def test_a_command_of_which_nothing_can_run_here_says_so(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["profile", str(bundle), "--component", "text_encoder", "--backend", "tensorrt", "--operators", "none"]
+    assert main(words) == 3
+    assert "nothing that was asked for can run here" in capsys.readouterr().err
+
+
+def test_what_a_killed_run_left_is_cleared_away(bundle: Path, tmp_path: Path) -> None:
+    dead = tmp_path / f"{profiling.WORK}999999999-x"
+    mine = tmp_path / f"{profiling.WORK}{os.getpid()}-x"
+    dead.mkdir(), mine.mkdir()
+    with profiling.workspace(tmp_path) as work:
+        assert work.is_dir() and not dead.exists() and mine.exists()
+    assert not work.exists()
 
 
 # --- functions -------------------------------------------------------------------------------------------------------

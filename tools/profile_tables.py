@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from optimize.profiles.schema import Profile, Row
 
+VERDICTS = {"slower": "red", "faster": "green", "undecided": "yellow"}
 STATES = {"measured": "green", "inconclusive": "yellow", "failed": "red", "skipped": "dim"}
 PIPE_WIDTH = 200
 FIGURES = {
@@ -86,7 +87,7 @@ def rows_table(component: str, shape: str, rows: Sequence[Row]) -> Table:
     without = [r for r in rows if r.timing is None]
     for row in [*timed(rows), *without]:
         style = "bold" if row is winner else "dim" if row.timing is None else ""
-        state = "fastest" if row is winner else row.state
+        state = ("fastest" if row.state == "measured" else f"fastest, {row.state}") if row is winner else row.state
         table.add_row(*(text(c, style) for c in words_of(row)), text(state, STATES[row.state]))
     return table
 
@@ -125,7 +126,9 @@ def show_comparison(console: Console, profile: Profile) -> None:
         return
     changed = [c for c in compared.changes if c.verdict != "same"]
     same = len(compared.changes) - len(changed)
-    console.print(text(f"against {compared.against} ({compared.made}): {same} the same", "bold"))
+    undecided = sum(c.verdict == "undecided" for c in changed)
+    told = f"{same} the same" + (f", {undecided} UNDECIDED" if undecided else "")
+    console.print(text(f"against {compared.against} ({compared.made}): {told}", "bold"))
     if changed:
         names = ("component", "sizes", "candidate", "before", "now", "change", "verdict", "why")
         table = plain_table("", names, ("component", "sizes", "candidate", "verdict", "why"))
@@ -134,7 +137,7 @@ def show_comparison(console: Console, profile: Profile) -> None:
             change = NONE if c.ratio is None else f"{c.ratio - 1:+.1%}"
             figures = (milliseconds(c.before_ms), milliseconds(c.after_ms), change)
             table.add_row(*map(text, (c.component, c.shape, c.candidate, *figures)),
-                          text(c.verdict, {"slower": "red", "faster": "green"}.get(c.verdict, "")),
+                          text(c.verdict, VERDICTS.get(c.verdict, "")),
                           text(c.why))  # fmt: skip
         console.print(table)
     for note in compared.notes:

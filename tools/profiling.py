@@ -81,6 +81,8 @@ def measured(args: argparse.Namespace, progress: Progress) -> Any:
     from optimize.errors import InputError
     from optimize.profiling import profile
 
+    if args.fail_on and args.against is None:
+        raise InputError("--fail-on compares", got="no --against", expected="--against RECORD", mend="name a record")
     if args.log and args.report is None:
         raise InputError("--log logs the report", got="no --report", expected="--report DIR", mend="name a folder")
     return profile(
@@ -126,7 +128,8 @@ def show(record: Any, args: argparse.Namespace) -> int:
         tables.show(record, args.json, steps=STEPS)
         return 0
 
-    if args.plan is not None:
+    met = record.choice is not None and record.choice.met
+    if args.plan is not None and met:
         from optimize.profiles.plan import write_plan
 
         write_plan(record, args.plan)
@@ -143,17 +146,33 @@ def show(record: Any, args: argparse.Namespace) -> int:
         print(json.dumps(record.model_dump(mode="json"), indent=1))
     else:
         profile_tables.show_profile(record)
-    return 1 if failures(record, args.fail_on) else 0
+    if args.plan is not None and not met:
+        print(f"optimize: {args.plan} is not written: nobody meets the wishes", file=sys.stderr)
+    return code_of(record, args.fail_on)
 
 
-def failures(record: Profile, fail_on: str | None) -> list[str]:
-    """Why the command's exit code is 1: wishes that nobody meets, nothing that could be measured, and with `fail_on`
-    what got slower."""
+def code_of(record: Profile, fail_on: str | None) -> int:
+    """1 where nobody meets the wishes, and with `fail_on` where something got slower or nothing could be compared;
+    3 where all that was asked for is missing here."""
+    if all(row.state == "skipped" for row in record.rows):
+        print("optimize: nothing that was asked for can run here", file=sys.stderr)
+        return 3
+    if record.choice is None or not record.choice.met:
+        return 1
+    return 1 if fail_on and slower_than_before(record) else 0
+
+
+def slower_than_before(record: Profile) -> bool:
+    """Whether the gate fails; says why, and what could not be told."""
     from optimize.profiles.comparing import regressions
 
-    missed = list(record.choice.missed) if record.choice is not None else ["nothing could be measured"]
-    slower = regressions(record.comparison) if fail_on and record.comparison is not None else []
-    said = [*missed, *(f"{c.component} {c.candidate} at {c.shape}: {c.ratio:.3g}x as slow as before" for c in slower)]
-    for text in said:
-        print(f"optimize: {text}", file=sys.stderr)
-    return said
+    assert record.comparison is not None
+    slower, changes = regressions(record.comparison), record.comparison.changes
+    for c in slower:
+        print(f"optimize: {c.component} {c.candidate} at {c.shape}: {c.ratio:.3g}x as slow as before", file=sys.stderr)
+    undecided = [c for c in changes if c.verdict == "undecided"]
+    decided = [c for c in changes if c.verdict in ("slower", "faster", "same")]
+    if undecided:
+        whys = ", ".join(dict.fromkeys(c.why for c in undecided))
+        print(f"optimize: {len(undecided)} of {len(changes)} rows could not be compared: {whys}", file=sys.stderr)
+    return bool(slower) or not decided

@@ -240,7 +240,7 @@ def estimates(profile: Profile) -> View | None:
     return {"tables": tables}
 
 
-VERDICTS = {"slower": 0, "faster": 1, "gone": 2, "new": 3, "same": 4}
+VERDICTS = {"slower": 0, "faster": 1, "undecided": 2, "gone": 3, "new": 4, "same": 5}
 
 
 def comparison(profile: Profile) -> View | None:

@@ -244,7 +244,16 @@ def command_of(session: Session) -> str:
     for word, values in lists.items():
         for value in values:
             words += [f"--{word}", value]
-    words += ["--device", request.device]
-    if request.threads:
-        words += ["--threads", str(request.threads)]
+    settings, wishes = request.settings, request.wishes
+    words += ["--device", request.device, "--rounds", str(settings.rounds), "--burst", f"{settings.burst_ms:g}"]
+    words += ["--attempts", str(settings.attempts), "--samples", str(settings.samples), "--seed", str(settings.seed)]
+    for word, number in (("threads", request.threads), ("steps", request.steps), ("guidance", request.guidance)):
+        words += [f"--{word}", f"{number:g}"] if number else []
+    words += ["--cold-cache"] if settings.cold_cache else []
+    for word, each in (("slo", wishes.slo), ("quality", wishes.quality)):
+        for wish in each:
+            words += [f"--{word}", str(wish)]
+    words += ["--memory", str(wishes.memory)] if wishes.memory else []
+    words += ["--price-per-hour", f"{wishes.price_per_hour:g}"] if wishes.price_per_hour else []
+    words += ["--load", f"{wishes.load_per_second:g}/s"] if wishes.load_per_second else []
     return shlex.join(words)

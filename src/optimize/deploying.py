@@ -100,6 +100,13 @@ def check_plan(loaded: LoadedBundle, plan: Plan) -> None:
         raise InputError(
             "the plan is of another bundle", got=plan.source, expected=bundle.manifest.source, mend="profile this one"
         )
+    if not plan.met:
+        raise GateError(
+            "the plan does not meet the wishes that it was made for",
+            got=", ".join(plan.wishes),
+            expected="a plan that does",
+            mend="profile again with wishes that can be met: the record says what comes nearest",
+        )
     device_from_word(plan.device)
     for name, part in plan.parts.items():
         bundle.component(name)
@@ -128,6 +135,13 @@ def planned_artifact(bundle: Bundle, name: str, part: Part, plan: Plan) -> Artif
             got=f"{part.artifact}: " + (f"sha256 {artifact.sha256}" if artifact else "none"),
             expected=f"sha256 {part.sha256}",
             mend="profile again: the figures that the plan stands on are of another file",
+        )
+    if part.precision.partition("+")[0] != artifact.spec["precision"]:
+        raise InputError(
+            f"the plan contradicts itself about {name}",
+            got=f"{part.precision}, and {artifact.id} in {artifact.spec['precision']}",
+            expected="one precision",
+            mend="write it anew: optimize profile DIR --plan FILE",
         )
     if artifact.kind == "engine":
         check_engine(artifact)

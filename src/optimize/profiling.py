@@ -9,7 +9,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -40,7 +42,7 @@ if TYPE_CHECKING:
     from optimize.profiles.work import GraphWork
 
 FOLDER = "profile"
-PARTIAL = ".partial.json"
+PARTIAL, WORK = ".partial.json", ".work-"
 ROUNDS, BURST_MS, WARMUP_MS, ATTEMPTS = 9, 200.0, 50.0, 3
 DRIFT, SPREAD = 0.03, 0.10
 SAMPLES = 8
@@ -144,11 +146,15 @@ def profile(
     """
     from optimize.answering import answered
     from optimize.compile.backends import device_from_word
+    from optimize.compile.spec import PRECISIONS, QUANTIZED
+    from optimize.exporting import choose
     from optimize.profiles.machine import Meter, machine_here
     from optimize.profiles.schema import Settings
     from optimize.profiles.targets import TARGETS, sheet_from_name
     from optimize.profiles.wishes import wishes_from_words
 
+    choose("precision", precisions, (*PRECISIONS, *QUANTIZED))
+    check_numbers(threads, seed, steps, guidance)
     if operators not in OPERATORS:
         raise InputError(f"unknown word {operators} for operators", expected=", ".join(OPERATORS))
     device = device_from_word(device)
@@ -193,6 +199,19 @@ def profile(
         return answered(session, found, older)
 
 
+def check_numbers(threads: int, seed: int, steps: int | None, guidance: float | None) -> None:
+    """Raises InputError for numbers that nothing can be measured with."""
+    cores = len(os.sched_getaffinity(0))
+    if not 0 <= threads <= cores:
+        raise InputError("--threads does not fit this machine", got=threads, expected=f"1 to {cores}, or 0 for all")
+    if seed < 0:
+        raise InputError("--seed is below zero", got=seed, expected="0 or more")
+    if steps is not None and steps < 1:
+        raise InputError("--steps is too small", got=steps, expected="1 or more")
+    if guidance is not None and not (math.isfinite(guidance) and guidance >= 0):
+        raise InputError("--guidance is no scale", got=guidance, expected="0 or more")
+
+
 def settings_of(
     kind: type[Settings], rounds: int, burst_ms: float, attempts: int, cold: bool, seed: int, samples: int
 ) -> Settings:
@@ -223,6 +242,8 @@ def older_record(path: Path | str | None) -> Profile | None:
 @contextlib.contextmanager
 def workspace(folder: Path | None) -> Iterator[Path]:
     """A folder for tensors, gone afterwards; beside the record where there is one: /tmp may be memory."""
+    import psutil
+
     from optimize.compile.bundle import disk_errors
 
     if folder is None:
@@ -231,7 +252,10 @@ def workspace(folder: Path | None) -> Iterator[Path]:
         return
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".work") as made:
+        for left in folder.glob(f"{WORK}*"):  # of a run that was killed
+            if not psutil.pid_exists(int(left.name.removeprefix(WORK).partition("-")[0])):
+                shutil.rmtree(left, ignore_errors=True)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=f"{WORK}{os.getpid()}-") as made:
             yield Path(made)
 
 
