@@ -141,7 +141,7 @@ def show(record: Any, args: argparse.Namespace) -> int:
     if args.log == "wandb":
         from optimize.tools.tracking import log_to_wandb
 
-        log_to_wandb(record, args.report)
+        print(f"optimize: logged to {log_to_wandb(record, args.report)}", file=sys.stderr)
     if args.json:
         print(json.dumps(record.model_dump(mode="json"), indent=1))
     else:
