@@ -14,6 +14,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import onnx
@@ -172,13 +173,21 @@ def test_without_netron_it_says_what_to_install(
 
 def test_the_command_serves_until_it_is_interrupted(demo_bundle: Path, view: Path) -> None:
     words = [sys.executable, "-m", "optimize.tools.cli", "inspect", str(demo_bundle), "--component", "unet", "--serve"]
-    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None and process.stderr is not None
-        url = process.stdout.readline().strip()
-        assert get(f"{url}/data/{view.name}")[0] == 200
-        process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=20) == 0
-        assert process.stderr.read() == ""
+    listen = partial(
+        signal.signal, signal.SIGINT, signal.SIG_DFL
+    )  # what runs the tests may ignore it, and hand that on
+    with subprocess.Popen(
+        words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=listen
+    ) as process:
+        try:
+            assert process.stdout is not None and process.stderr is not None
+            url = process.stdout.readline().strip()
+            assert get(f"{url}/data/{view.name}")[0] == 200
+            process.send_signal(signal.SIGINT)
+            assert process.wait(timeout=20) == 0
+            assert process.stderr.read() == ""
+        finally:
+            process.kill()
 
 
 def test_the_view_has_no_weights_and_a_file_is_served_itself(demo_bundle: Path, view: Path) -> None:
