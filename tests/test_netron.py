@@ -14,7 +14,6 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 
 import onnx
@@ -172,13 +171,9 @@ def test_without_netron_it_says_what_to_install(
 
 
 def test_the_command_serves_until_it_is_interrupted(demo_bundle: Path, view: Path) -> None:
+    listening = ["env", "--default-signal=INT"]  # what runs the tests may ignore it, and hand that on
     words = [sys.executable, "-m", "optimize.tools.cli", "inspect", str(demo_bundle), "--component", "unet", "--serve"]
-    listen = partial(
-        signal.signal, signal.SIGINT, signal.SIG_DFL
-    )  # what runs the tests may ignore it, and hand that on
-    with subprocess.Popen(
-        words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=listen
-    ) as process:
+    with subprocess.Popen([*listening, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None and process.stderr is not None
             url = process.stdout.readline().strip()
