@@ -34,4 +34,5 @@ gpu: $(READY)
 
 # for a release: the Triton kernels for six GPUs in it, compiled here without one; what was compiled before is kept
 wheel: $(READY)
-	$(BIN)/python -m pip wheel --no-deps --wheel-dir dist . -C build-dir=build/wheel -C cmake.define.OPTIMIZE_CUBINS=ON
+	$(BIN)/python -m pip wheel --no-deps --wheel-dir dist . \
+		--config-settings=build-dir=build/wheel --config-settings=cmake.define.OPTIMIZE_CUBINS=ON

@@ -90,8 +90,9 @@ def test_the_wheel_carries_the_library(tmp_path: Path) -> None:
     """For this platform, any Python 3; without the sources; with the Triton kernels that its build has compiled."""
     triton = importlib.util.find_spec("triton") is not None
     command = ["pip", "wheel", "--no-deps", "--quiet", "-w", str(tmp_path), str(ROOT)]
-    command += ["-C", f"build-dir={tmp_path / 'build'}", "-C", "cmake.define.OPTIMIZE_CUBINS=AUTO"]
-    command += ["-C", "cmake.define.OPTIMIZE_CUBINS_OPTIONS=--kernel;gated;--sm;90"]
+    options = [f"build-dir={tmp_path / 'build'}", "cmake.define.OPTIMIZE_CUBINS=AUTO"]
+    options += ["cmake.define.OPTIMIZE_CUBINS_OPTIONS=--kernel;gated;--sm;90"]
+    command += [f"--config-settings={option}" for option in options]  # pip's short -C is from 23.1
     done = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True, check=False)
     if "No matching distribution" in done.stderr or "Could not find a version" in done.stderr:
         pytest.skip("needs a package index for the build's own requirements")

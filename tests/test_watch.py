@@ -124,16 +124,16 @@ def test_parts_and_what_is_outside_make_the_wall_time() -> None:
 
 @pytest.mark.parametrize("where", ["unet", "vae_decoder", OUTSIDE])
 def test_a_sleep_is_attributed_to_where_it_is(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """30 ms in each call of one network, of its method, or of the scheduler."""
+    """600 ms in all, in the calls of one network, of its method, or of the scheduler."""
     owner, name = {
         "unet": (demo().unet, "forward"),
         "vae_decoder": (demo().vae, "decode"),
         OUTSIDE: (demo().scheduler, "step"),
     }[where]
-    inner = getattr(owner, name)
+    inner, each = getattr(owner, name), 0.6 if where == "vae_decoder" else 0.1
 
     def slow(*args: Any, **kwargs: Any) -> Any:
-        time.sleep(0.03)
+        time.sleep(each)
         return inner(*args, **kwargs)
 
     run()
@@ -146,10 +146,10 @@ def test_a_sleep_is_attributed_to_where_it_is(where: str, monkeypatch: pytest.Mo
         rows.append({row["component"]: row for row in seen.rows()})
     for component, row in rows[1].items():
         more = row["own_ms"] - rows[0][component]["own_ms"]
-        slept = 0.0 if component != where else 30.0 if where == "vae_decoder" else 180.0
-        assert slept - 25 <= more <= slept + 60, component
+        slept = 600.0 if component == where else 0.0
+        assert abs(more - slept) <= 290, component  # the rest is other processes' doing
     if where == "unet":  # sleeping is no work
-        assert rows[1]["unet"]["median_ms"] > 30 > rows[1]["unet"]["cpu_ms"] / 6
+        assert rows[1]["unet"]["median_ms"] > 100 > rows[1]["unet"]["cpu_ms"] / 6
 
 
 def test_the_first_call_stands_apart() -> None:
