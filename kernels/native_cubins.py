@@ -1,8 +1,8 @@
 """The Triton kernels as the native library's nodes need them: compiled for each GPU, and written as C to embed.
 
-    pip install . --config-settings=cmake.define.OPTIMIZE_CUBINS=ON      the package's build compiles and embeds them; or
-    python -m optimize.kernels.native_cubins FOLDER           compiles them into a folder, on any machine, and
-    pip install . --config-settings=cmake.define.OPTIMIZE_CUBINS=FOLDER  embeds that
+    pip install . --config-settings=cmake.define.OPTIMIZE_CUBINS=ON     compiles and embeds them; or
+    python -m optimize.kernels.native_cubins FOLDER                     compiles them into a folder, on any machine, and
+    pip install . --config-settings=cmake.define.OPTIMIZE_CUBINS=FOLDER embeds that
 
 What is in the folder already is not compiled again, so that a stopped build goes on where it was.
 
