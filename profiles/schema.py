@@ -215,6 +215,11 @@ class Row(Record):
     def candidate(self) -> str:
         return f"{self.backend} {self.precision}".strip()
 
+    @property
+    def base(self) -> str:
+        """The precision alone: `fp32+kernels` -> `fp32`."""
+        return self.precision.partition("+")[0]
+
     @model_validator(mode="after")
     def proved(self) -> Self:
         timed = self.state in ("measured", "inconclusive")

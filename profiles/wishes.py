@@ -101,7 +101,7 @@ def slo_from_text(text: str) -> Slo:
     """`p95<100ms`."""
     match = re.fullmatch(r"\s*(\w+)\s*(<=?)\s*([\d.]+(?:e-?\d+)?)\s*(us|ms|s)\s*", text)
     try:
-        figure, sign, number, unit = match.groups()  # type: ignore[union-attr]
+        figure, sign, number, unit = match.groups()  # type: ignore[union-attr]  # None is caught below
         limit = float(number) * MS[unit]
     except (AttributeError, ValueError) as e:
         raise InputError(
@@ -141,7 +141,7 @@ def load_from_text(text: str) -> float:
     """`200000/day` -> runs per second."""
     match = re.fullmatch(r"\s*([\d.]+(?:e\d+)?)\s*/\s*(\w+)\s*", text)
     try:
-        found = float(match.group(1)) / SECONDS[match.group(2)]  # type: ignore[union-attr]
+        found = float(match.group(1)) / SECONDS[match.group(2)]  # type: ignore[union-attr]  # None is caught below
     except (AttributeError, ValueError, KeyError) as e:
         raise InputError(
             "--load was not understood", got=text, expected="N/" + "|".join(SECONDS), mend="such as --load 200000/day"

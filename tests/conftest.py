@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+# pytest-xdist's workers share the cores with each other: torch with more threads waits for one at every barrier
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--write-support", action="store_true", help="write SUPPORT.md anew")
     parser.addoption("--all-precisions", action="store_true", help="fp16 and bf16 of every architecture, too")

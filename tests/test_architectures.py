@@ -60,15 +60,6 @@ def module_of(entry: Architecture, tiny: bool) -> torch.nn.Module:
     return getattr(stylegan, entry.class_name)(**values)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Networks this small lose more by waiting for a second thread than it does, on a busy machine by far."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def big():
     """Each network at full size, without storage."""

@@ -7,7 +7,7 @@ import itertools
 import json
 import shutil
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -32,14 +32,6 @@ from optimize.quantize.sets import ABOUT, SetWriter, read_set
 from optimize.quantize.synthetic import spread
 
 KEY = {"weights": "w", "samples": 3}
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def sample(seed: int, *shape: int) -> dict[str, torch.Tensor]:

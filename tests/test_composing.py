@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import string
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,15 +32,6 @@ from optimize.profiles.drawing import Drawing, hollow
 from optimize.profiles.end_to_end import Typed, drawing_at, measure_pipeline, with_measured
 from optimize.profiles.schema import Pick, Row, RowParity, RowQuality, Timing
 from optimize.quantize.pipelines import load_pipeline
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
 
 # --- how often --------------------------------------------------------------------------------------------------------
 

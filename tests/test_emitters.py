@@ -1939,15 +1939,6 @@ CASES = (
 )
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Networks this small lose more by waiting for a second thread than it does, on a busy machine by far."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def rows() -> Iterator[object]:
     for c in CASES:
         for opset in c.opsets:

@@ -49,12 +49,9 @@ GATED = {"GEGLU": "geglu", "T5DenseGatedActDense": "geglu", "LlamaMLP": "swiglu"
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def no_gradients():
     with torch.no_grad():
         yield
-    torch.set_num_threads(threads)
 
 
 def component(name, part=-1):

@@ -30,14 +30,6 @@ FEEDS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def check_sums(found: Breakdown) -> None:
     """All that the profiler saw, and the rest, are the run; nothing is counted twice."""
     seen = sum(o.ms for o in found.operators)

@@ -29,14 +29,6 @@ from optimize.compile.translate import translate
 AXES = (Axis("b", 1, 2, 16), Axis("t", 1, 3, 64))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 # --- tools -----------------------------------------------------------------------------------------------------------
 
 

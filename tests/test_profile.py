@@ -388,7 +388,9 @@ def test_functions_are_held_to_the_first_ones_outputs() -> None:
         ({"a": 3}, {}, "these are no functions"),
         (lambda x: x, {"inputs": 3}, "neither a sequence nor a mapping"),
         (lambda x: x, {"inputs": (torch.ones(1),), "backends": ["onnxruntime"]}, "does not take a function"),
-        (lambda x: x, {"inputs": (torch.ones(1),), "precisions": ["fp16"]}, "precisions are for bundles"),
+        (lambda x: x, {"inputs": (torch.ones(1),), "precisions": ["fp16"]}, "precisions is for bundles"),
+        (lambda x: x, {"inputs": (torch.ones(1),), "slo": ["p95<1ms"]}, "slo is for bundles"),
+        (lambda x: x, {"inputs": (torch.ones(1),), "steps": 7}, "steps is for bundles"),
     ],
 )
 def test_functions_that_cannot_be_compared_are_refused(what: Any, words: dict[str, Any], said: str) -> None:

@@ -7,7 +7,7 @@ pipeline's own module gave.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -24,14 +24,6 @@ from optimize.quantize.data import feeds_from_file, feeds_of
 from optimize.quantize.recording import feeds_from_call, sites_of_pipeline
 from optimize.quantize.sets import read_set
 from optimize.tools.cli import main
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def network(name: str) -> torch.nn.Module:

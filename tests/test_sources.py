@@ -11,7 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -48,18 +48,14 @@ BERT_AXES = {"batch": "1:1:8", "tokens": "1:40:40"}
 
 
 @pytest.fixture(autouse=True)
-def alone(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """No hub, no cache of the user's, one thread (networks this small lose by a second one)."""
+def alone(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """No hub, and no cache of the user's."""
     import huggingface_hub.constants
     import transformers
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setenv("OPTIMIZE_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
     transformers.utils.logging.disable_progress_bar()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def axes_of(text: str | Path, **trust: bool) -> dict[str, dict[str, str]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
@@ -16,14 +15,6 @@ from optimize.compile.sources import demo_folder
 from optimize.errors import InputError
 from optimize.profiles.seen import OUTSIDE, CallSize, Part, Seen
 from optimize.quantize.pipelines import load_pipeline
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @cache

@@ -83,14 +83,13 @@ class Load:
 
 def device() -> dict[str, Any]:
     """The processor, its vector instructions, cores that this process may use, and memory."""
-    lines = (line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines())
-    about = {name.strip(): value.strip() for name, _, value in lines}
-    flags = about.get("flags", "").split()
+    from optimize.profiles import machine
+
     return {
-        "cpu": about.get("model name", platform.processor()),
+        "cpu": machine.processor(),
         "cores": len(os.sched_getaffinity(0)),
         "system": f"{platform.system()} {platform.release()}",
-        "vector": sorted(f for f in flags if f in ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile")),
+        "vector": sorted(machine.flags() & set(machine.VECTOR)),
         "memory_gib": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30,
     }
 

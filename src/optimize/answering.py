@@ -23,12 +23,10 @@ STEPS = 25
 
 def answered(session: Session, rows: Sequence[Row], older: Profile | None) -> Profile:
     """The record: rooflines, the answer, where the time goes, time per image, estimates, comparison."""
-    from optimize.compile.bundle import disk_errors
     from optimize.profiles.choosing import choose
     from optimize.profiles.comparing import compare
     from optimize.profiles.composing import PICKED
     from optimize.profiles.limits import limits_here
-    from optimize.profiles.reading import RECORD, write_profile
     from optimize.profiles.schema import Profile
 
     request = session.request
@@ -48,7 +46,6 @@ def answered(session: Session, rows: Sequence[Row], older: Profile | None) -> Pr
         rows=tuple(rows),
         estimates=tuple(estimates),
         pipelines=tuple(times_of(session, rows, ())),
-        notes=tuple([*notes_of(load), *session.notes]),
     )
     record = record.model_copy(update={"choice": choose(record, request.wishes)})
     if record.choice is not None and record.pipelines:
@@ -57,13 +54,23 @@ def answered(session: Session, rows: Sequence[Row], older: Profile | None) -> Pr
         choice = record.choice.model_copy(update={"pipeline": picked})
         record = record.model_copy(update={"pipelines": tuple(times), "choice": choice})
     record = record.model_copy(update={"breakdowns": tuple(breakdowns_of(session, record))})
-    if older is not None:
+    record = record.model_copy(update={"notes": (*notes_of(load), *session.notes)})
+    keep(session, record)
+    if older is not None:  # with another record it may raise: what was measured is kept by then
         record = record.model_copy(update={"comparison": compare(record, older)})
+        keep(session, record)
+    return record
+
+
+def keep(session: Session, record: Profile) -> None:
+    """Writes the record where there is a place for it; rows that were kept for a killed run are not needed then."""
+    from optimize.compile.bundle import disk_errors
+    from optimize.profiles.reading import RECORD, write_profile
+
     if session.folder is not None:
         with disk_errors(session.folder):
             write_profile(record, session.folder / RECORD)
             (session.folder / PARTIAL).unlink(missing_ok=True)
-    return record
 
 
 def notes_of(load: Any) -> list[str]:
@@ -84,14 +91,14 @@ def work_at(session: Session, row: Row) -> GraphWork | None:
     from optimize.profiles.work import work_of
 
     graph = graph_for(session, row)
-    key = (row.component, row.shape, graph.id if graph else row.precision.partition("+")[0])
+    key = (row.component, row.shape, graph.id if graph else row.base)
     if key not in session.counted:
         component = session.subject.components[row.component]
         try:
             if graph is not None and session.subject.loaded is not None:
                 session.counted[key] = work_of(session.subject.loaded.bundle.path(graph), row.sizes)
             else:
-                session.counted[key] = work_of_component(component, row.precision.partition("+")[0], row.sizes)
+                session.counted[key] = work_of_component(component, row.base, row.sizes)
         except OptimizeError as e:
             session.counted[key] = None
             session.notes.append(f"{row.component}: its work could not be counted: {e.what}")
@@ -105,7 +112,7 @@ def graph_for(session: Session, row: Row) -> Any:
     known = {a.id: a for a in session.subject.loaded.bundle.artifacts(row.component, "onnx")}
     if row.artifact in known:
         return known[str(row.artifact)]
-    wanted = row.precision.partition("+")[0]
+    wanted = row.base
     return next((a for a in known.values() if a.spec["precision"] == wanted), None)
 
 
@@ -115,7 +122,7 @@ def with_work(session: Session, row: Row, limits: Limits) -> Row:
 
     if row.timing is None or (counted := work_at(session, row)) is None:
         return row
-    roofline = roofline_of(counted.total, row.timing.median_ms, limits, row.precision.partition("+")[0])
+    roofline = roofline_of(counted.total, row.timing.median_ms, limits, row.base)
     return row.model_copy(update={"work": counted.total, "roofline": roofline})
 
 
@@ -130,7 +137,7 @@ def estimates_of(session: Session, rows: Sequence[Row]) -> Iterator[Estimate]:
         assert sheet is not None  # the words were checked before anything was measured
         limits, seen = limits_from_sheet(sheet), set[tuple[str, str, str]]()
         for row in rows:
-            label = (row.component, row.shape, row.precision.partition("+")[0])
+            label = (row.component, row.shape, row.base)
             if label in seen or (counted := work_at(session, row)) is None:
                 continue
             seen.add(label)
@@ -170,7 +177,7 @@ def run_from_end_to_end(session: Session, folder: Path, time: PipelineTime, rows
     subject, parts = session.subject, {}
     for part in time.parts:
         job = jobs_by(session, part.component)[part.candidate]
-        parts[part.component] = (subject.components[part.component], runner_of_job(job), float_of(job.precision))
+        parts[part.component] = (subject.components[part.component], runner_of_job(job), float_of(job.base))
     prompts = DIGITS if subject.source == "demo" else PROMPTS
     try:
         drawing = drawing_at(time.shape, rows, records_of(subject), prompts, time.steps, guidance_of(session))
@@ -181,9 +188,8 @@ def run_from_end_to_end(session: Session, folder: Path, time: PipelineTime, rows
     return with_measured(time, found)
 
 
-def float_of(precision: str) -> str:
+def float_of(base: str) -> str:
     """The floating-point precision of a candidate's inputs."""
-    base = precision.partition("+")[0]
     return base if base in FLOATS else "fp32"
 
 
@@ -209,7 +215,7 @@ def breakdowns_of(session: Session, record: Profile) -> Iterator[Breakdown]:
             with session.progress.step(f"where the time goes: {row.component} {row.candidate}"):
                 yield breakdown_of(
                     runner_of_job(job),
-                    feeds_for(component.inputs, row.sizes, float_of(row.precision)),
+                    feeds_for(component.inputs, row.sizes, float_of(row.base)),
                     component=row.component,
                     shape=row.shape,
                     backend=row.backend,

@@ -134,12 +134,15 @@ def named(what: Any) -> dict[str, Callable[..., Any]]:
     return {getattr(what, "__name__", type(what).__name__): what}
 
 
+def check_words(**words: Any) -> None:
+    """Raises InputError for what functions cannot be given: nothing that is asked for is dropped."""
+    for word, value in words.items():
+        if value:
+            raise InputError(f"{word} is for bundles and sources", got=value, mend="leave it out")
+
+
 def check(request: Request, inputs: Any) -> None:
-    for word in ("precisions", "shapes", "targets"):
-        if getattr(request, word):
-            raise InputError(
-                f"{word} are for bundles and sources", got=", ".join(getattr(request, word)), mend="leave them out"
-            )
+    check_words(precisions=request.precisions, shapes=request.shapes, targets=request.targets)
     known = ("eager", *COMPILED)
     if unknown := [b for b in request.backends if b not in known]:
         raise InputError(

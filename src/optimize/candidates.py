@@ -24,7 +24,8 @@ REFERENCE = "eager fp32"
 
 @dataclass(frozen=True)
 class Candidate:
-    """One backend in one precision. `why` says why it cannot be measured; `build` that it is made for this profile."""
+    """One backend in one precision. `why` says why it cannot be measured; `sha256`, `bytes` and `seconds` (of
+    making it) are those of its file."""
 
     job: Job
     sha256: str | None = None

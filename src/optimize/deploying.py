@@ -45,17 +45,12 @@ def artifact_for(loaded: LoadedComponent, takes: str, precision: str | None) -> 
 def engine_in(loaded: LoadedComponent, precision: str | None) -> Artifact:
     """The engine for this machine's GPU."""
     from optimize.compile.tensorrt import current_gpu
+    from optimize.loading import in_precision
 
     device, sm = current_gpu()
     here = {str(a.spec["precision"]): a for a in loaded.artifacts("engine") if a.spec["sm"] == sm}
-    wanted = precision or (next(iter(here)) if len(here) == 1 else "fp32")
-    if wanted not in here:
-        raise InputError(
-            f"{loaded.record.name} has no engine in {wanted} for {device} (SM{sm})",
-            got=", ".join(a.id for a in loaded.artifacts("engine")) or "none",
-            mend=f"optimize build {loaded.bundle.root} --target current --precision {wanted}",
-        )
-    return here[wanted]
+    build = f"optimize build {loaded.bundle.root} --target current"
+    return in_precision(here, precision, f"{loaded.record.name} has no engine for {device} (SM{sm})", build)
 
 
 def runner_of_artifact(bundle: Bundle, artifact: Artifact, backend: str, device: str, threads: int = 0) -> Runner:

@@ -75,14 +75,16 @@ class LoadedComponent:
             if artifact.spec.get("runtime") == "onnxruntime":  # placed for the runtime that runners use
                 found[str(artifact.spec["precision"])] = artifact
             found.setdefault(str(artifact.spec["precision"]), artifact)
-        wanted = precision or (next(iter(found)) if len(found) == 1 else "fp32")
-        if wanted not in found:
-            raise InputError(
-                f"{self.record.name} has no ONNX artifact in {wanted}",
-                got=", ".join(found) or "none",
-                mend=f"optimize export {self.bundle.manifest.source} --out {self.bundle.root} --precision {wanted}",
-            )
-        return found[wanted]
+        export = f"optimize export {self.bundle.manifest.source} --out {self.bundle.root}"
+        return in_precision(found, precision, f"{self.record.name} has no ONNX artifact", export)
+
+
+def in_precision(found: Mapping[str, Artifact], precision: str | None, lacking: str, mend: str) -> Artifact:
+    """The artifact of a precision; without one the only one that there is, else that in fp32. Raises InputError."""
+    wanted = precision or (next(iter(found)) if len(found) == 1 else "fp32")
+    if wanted not in found:
+        raise InputError(f"{lacking} in {wanted}", got=", ".join(found) or "none", mend=f"{mend} --precision {wanted}")
+    return found[wanted]
 
 
 class LoadedBundle(Mapping[str, LoadedComponent]):

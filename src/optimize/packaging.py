@@ -205,19 +205,14 @@ def package_in(bundle: Bundle, name: str, precision: str | None) -> Artifact:
     """The package of a component in a precision, one for this machine's GPU before one for its CPU."""
     from optimize.compile.aoti import sm_here
     from optimize.compile.backends import device_from_word
+    from optimize.loading import in_precision
 
     found: dict[str, Artifact] = {}
     sm = sm_here() if device_from_word("auto") == "cuda" else 0
     for artifact in sorted(bundle.artifacts(name, "aoti"), key=lambda a: a.spec["sm"] != sm):
         found.setdefault(str(artifact.spec["precision"]), artifact)
-    wanted = precision or (next(iter(found)) if len(found) == 1 else "fp32")
-    if wanted not in found:
-        raise InputError(
-            f"{name} has no AOTInductor package in {wanted}",
-            got=", ".join(found) or "none",
-            mend=f"optimize export {bundle.manifest.source} --out {bundle.root} --format aoti --precision {wanted}",
-        )
-    return found[wanted]
+    export = f"optimize export {bundle.manifest.source} --out {bundle.root} --format aoti"
+    return in_precision(found, precision, f"{name} has no AOTInductor package", export)
 
 
 def verify_package(

@@ -179,8 +179,10 @@ def profile(
     )
     shown = progress or Progress(enabled=False)
     if callable(what) or (isinstance(what, Mapping) and not hasattr(what, "bundle")):
-        from optimize.callables import profile_callables
+        from optimize.callables import check_words, profile_callables
 
+        wished = {"slo": slo, "quality": quality, "memory": memory, "price_per_hour": price_per_hour}
+        check_words(components=components, axes=axes, against=against, steps=steps, guidance=guidance, **wished)
         return profile_callables(what, inputs, request, shown, None if report is None else Path(report))
     trust = (*(["pickle"] if allow_pickle else []), *(["remote code"] if trust_remote_code else []))
     if hasattr(what, "bundle"):
