@@ -192,7 +192,7 @@ def reasons(
         yield f"at {option.at.shape}, as the pipeline calls it"
     for other in following:
         tie = f", a tie: {decided(option, other)} decided" if tied(option.at, other.at) else ""
-        unsure = "" if option.sure and other.sure else " (what is inconclusive by its slowest round)"
+        unsure = "" if option.sure and other.sure else " (what is inconclusive by its slow rounds)"
         yield f"{latency(other.at) / latency(option.at):.2f}x faster than the next, {other.row.candidate}{unsure}{tie}"
     if option.row.quality is not None:
         yield f"cosine {option.row.quality.cosine:.6f}"
@@ -209,7 +209,7 @@ def why_left(option: Option, other: Option, missed: Sequence[Miss]) -> str:
     if missed:
         return f"{missed[0][1]} {faster}"
     if not other.sure:
-        return f"inconclusive, its slowest round is not faster {faster}"
+        return f"inconclusive, its slow rounds are not faster {faster}"
     tie = tied(other.at, option.at)
     return f"a tie {faster}, {decided(option, other)} decided" if tie else f"the wishes on all together {faster}"
 

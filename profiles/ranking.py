@@ -1,7 +1,8 @@
 """Which candidate of a component is the better one: latency and quality, and when a difference is none.
 
 Differences within both sides' noise are ties: better quality decides, then memory, then the order of the table of
-backends. An inconclusive candidate counts as its slowest round: it wins only where that is faster, too.
+backends. An inconclusive candidate counts as its slow rounds (their upper quartile): it wins only where those are
+faster, too.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ from .wishes import PERCENTILES
 LEAST_MARGIN, MOST_MARGIN = 0.01, 0.05
 """Of a tie. Processes that run the same code differ by about a hundredth, which no round sees; where the rounds tell
 less than a twentieth, the faster median decides."""
+SLOW_ROUNDS = 75
+"""The percentile of its rounds that an inconclusive candidate counts as. Not the slowest: others' work on the machine
+hit one round in nine of whatever ran then, and decided."""
 NINES, SHOWN = 4, 7
 """Digits of a cosine that count in a tie, and in a front: those after the seventh are fp32's own rounding."""
 
@@ -71,7 +75,9 @@ def median(row: Row) -> float:
 
 def latency(row: Row) -> float:
     """Milliseconds that count when rows are ranked."""
-    return median(row) if row.state == "measured" or row.timing is None else max(row.timing.rounds_ms)
+    if row.state == "measured" or row.timing is None:
+        return median(row)
+    return float(np.percentile(row.timing.rounds_ms, SLOW_ROUNDS))
 
 
 def error_of_median(row: Row) -> float:

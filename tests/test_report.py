@@ -62,14 +62,14 @@ def test_the_answer_says_what_to_deploy_how_fast_and_what_it_costs() -> None:
     assert "Nobody meets every wish" in said and "26 ms too much" in said and "is met" not in said
 
 
-def test_without_wishes_the_fastest_is_named_an_inconclusive_one_by_its_slowest_round() -> None:
+def test_without_wishes_the_fastest_is_named_an_inconclusive_one_by_its_slow_rounds() -> None:
     rows = (
         a_row(ms=77.0),
         a_row(backend="aoti", ms=7.0, state="inconclusive"),
         a_row(backend="torch.compile", ms=63.0),
     )
-    slowest = rows[1].timing.model_copy(update={"rounds_ms": [1.0, 7.0, 77.7]})  # type: ignore[union-attr]
-    rows = (rows[0], rows[1].model_copy(update={"timing": slowest}), rows[2])
+    slow = rows[1].timing.model_copy(update={"rounds_ms": [1.0, 77.0, 77.7]})  # type: ignore[union-attr]
+    rows = (rows[0], rows[1].model_copy(update={"timing": slow}), rows[2])
     (card,) = report_views.answer(a_profile(rows=rows))["cards"]
     assert (card["backend"], card["runner_up"]) == ("torch.compile", "eager fp32, 77.0 ms")
     bars = report_views.latency(a_profile(rows=rows))["charts"][0]["bars"]

@@ -153,7 +153,7 @@ def notes(profile: Profile) -> View | None:
         (
             "inconclusive",
             f"of {total} inconclusive",
-            "their rounds do not agree. Each counts as its slowest round when candidates are ranked.",
+            "their rounds do not agree. Each counts as its slow rounds (the upper quartile) in the ranking.",
         ),
         ("failed", "failed", "the reasons stand with the latencies."),
     ):

@@ -98,7 +98,7 @@ def groups(profile: Profile) -> list[tuple[str, str, list[Row]]]:
 
 
 def fastest(rows: Sequence[Row]) -> Row | None:
-    """The fastest as the answer ranks them: an inconclusive one counts as its slowest round."""
+    """The fastest as the answer ranks them: an inconclusive one counts as its slow rounds."""
     return min(timed(rows), key=latency, default=None)
 
 
