@@ -76,7 +76,8 @@ class Limits(Record):
 class Settings(Record):
     """How it was measured: `rounds` interleaved rounds in random order, in each a burst of `burst_ms` per candidate
     after `warmup_ms`; at most `attempts` times, until first and last rounds agree within `drift` and the spread of the
-    rounds' medians is at most `spread`."""
+    rounds' medians is at most `spread`. On a CPU a burst beside which a fixed piece of work is slower than at its best
+    by more than `pace` is put off or made again, for at most `patience` times as long as measuring takes."""
 
     rounds: int
     burst_ms: float
@@ -87,12 +88,15 @@ class Settings(Record):
     seed: int
     cold_cache: bool = False
     samples: int = 0
+    pace: float = 0.10
+    patience: float = 0.0
 
 
 class Timing(Record):
     """Latency of warm runs. `rounds_ms` has each round's median, in order, and `median_ms` is their median; percentiles
     are over all runs. `spread` is (p90 - p10) / median of `rounds_ms`, `drift` the median of their last third over that
-    of the first, less one. `stable` is the rule of `Settings`."""
+    of the first, less one. `stable` is the rule of `Settings`. `disturbed` rounds stayed beside a slower pace of the
+    machine, however often they were made again."""
 
     median_ms: float
     p10_ms: float
@@ -105,6 +109,7 @@ class Timing(Record):
     drift: float
     attempts: int
     stable: bool
+    disturbed: int = 0
     clock: Literal["cuda events", "monotonic"]
     cpu_ms: float | None = None
     """Processor time of all threads per run; on a shared machine it tells work from waiting."""

@@ -1,18 +1,22 @@
 """Latencies that can be trusted: candidates take turns in random order, until the rounds agree, or it is said that they
 do not.
 
-A round gives each candidate one burst of runs, after a short warm-up of its own that brings caches and clocks back. The
-rule of `stable` asks whether the last rounds are as fast as the first ones and how far the rounds lie apart; a
-measurement that breaks it is made again, all candidates together, and in the end called inconclusive.
+A round gives each candidate one burst of runs, after a short warm-up of its own that brings caches and clocks back. On
+a CPU a fixed piece of work is timed right before and after each burst: where it takes longer than at its best, others
+slowed the machine down (its host's other guests do it unseen), and the burst is made again. The rule of `stable` asks
+whether the last rounds are as fast as the first ones and how far the rounds lie apart; a measurement that breaks it is
+made again, all candidates together, and in the end called inconclusive.
 """
 
 from __future__ import annotations
 
 import gc
+import math
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -24,6 +28,9 @@ from .schema import Ratio, RowParity, Settings, Timing
 Say = Callable[[str], None]
 MOST_RUNS = 2000
 """Of a burst: more tell nothing more."""
+PACE_SIDE, PACE_TIMES, PACE_PAUSE_S = 192, 6, 0.03
+"""The side of square matrices that are multiplied to see the machine's pace, how often, and how long it is left alone
+between."""
 CACHE_BYTES = 256 << 20
 """Written between runs where caches are to be cold: more than any GPU's L2 and most CPUs' last cache."""
 
@@ -34,17 +41,52 @@ class SideFailedError(OptimizeError):
 
 @dataclass(frozen=True)
 class Burst:
-    """Runs in a row: milliseconds of each, processor milliseconds and joules per run."""
+    """Runs in a row: milliseconds of each, processor milliseconds and joules per run; the slower pace beside it."""
 
     times_ms: Sequence[float]
     cpu_ms: float | None = None
     energy_j: float | None = None
+    pace_ms: float | None = None
 
 
 class Side(Protocol):
     """A candidate that is ready to run, in this process or in one of its own. Raises SideFailedError."""
 
     def burst(self, ms: float, warmup_ms: float, cold: bool) -> Burst: ...
+
+
+@dataclass
+class Pace:
+    """The machine's own speed, by what a fixed piece of work takes (`read`, milliseconds) before and after each burst.
+    It is waited for, and bursts beside a slower one are made again, for `patience_s` seconds in all."""
+
+    slower: float
+    patience_s: float
+    read: Callable[[], float]
+    best_ms: float = math.inf
+
+    def disturbed(self, ms: float | None) -> bool:
+        return ms is not None and ms > self.best_ms * (1 + self.slower)
+
+    def now(self) -> float:
+        found = self.read()
+        self.best_ms = min(self.best_ms, found)
+        return found
+
+    def burst(self, make: Callable[[], Burst]) -> Burst:
+        """The calmest of as many bursts as it takes."""
+        found: Burst | None = None
+        while found is None or (self.disturbed(found.pace_ms) and self.patience_s > 0):
+            start = time.monotonic()
+            while self.disturbed(before := self.now()) and time.monotonic() - start < self.patience_s:
+                time.sleep(PACE_PAUSE_S)
+            waited = time.monotonic() - start
+            burst = make()
+            ms = max(before, self.now())
+            if found is None or ms < (found.pace_ms or 0.0):
+                found = replace(burst, pace_ms=ms)
+            self.patience_s -= time.monotonic() - start if self.disturbed(ms) else waited
+        return found
 
 
 @dataclass
@@ -66,8 +108,9 @@ def measure(
     reference: str | None = None,
     say: Say = lambda _: None,
     after_round: Callable[[], None] = lambda: None,
+    pace: Callable[[], float] | None = None,
 ) -> Measured:
-    """Latencies of all sides, and their ratios to `reference` round by round.
+    """Latencies of all sides, and their ratios to `reference` round by round. `pace` tells the machine's (see `Pace`).
 
     Raises GateError for a side without a passed parity: nothing is timed that was not seen to be right.
     """
@@ -80,10 +123,12 @@ def measure(
                 mend="compare its outputs with the reference's first",
             )
     order, failed = random.Random(settings.seed), dict[str, str]()
+    planned_s = settings.rounds * len(sides) * (settings.burst_ms + settings.warmup_ms) / 1e3
+    beside = Pace(settings.pace, settings.patience * planned_s, pace) if pace else None
     best: dict[str, list[Burst]] = {}
     for attempt in range(1, settings.attempts + 1):
         rounds = rounds_of(
-            {n: s for n, s in sides.items() if n not in failed}, settings, order, failed, say, after_round
+            {n: s for n, s in sides.items() if n not in failed}, settings, order, failed, beside, say, after_round
         )
         better = not best or wobbly(rounds, settings) <= wobbly({n: best[n] for n in rounds}, settings)
         best = rounds if better else {n: best[n] for n in rounds}
@@ -92,7 +137,8 @@ def measure(
         say(f"the rounds do not agree: again ({attempt} of {settings.attempts})")
     found = Measured(failed=failed)
     for name, bursts in best.items():
-        found.timings[name] = timing_of(bursts, settings, device, attempt)
+        disturbed = sum(beside.disturbed(b.pace_ms) for b in bursts) if beside else 0
+        found.timings[name] = timing_of(bursts, settings, device, attempt, disturbed)
         if joules := [b.energy_j for b in bursts if b.energy_j is not None]:
             found.energy_j[name] = float(np.median(joules))
     for name in found.timings if reference in found.timings else ():
@@ -105,6 +151,7 @@ def rounds_of(
     settings: Settings,
     order: random.Random,
     failed: dict[str, str],
+    pace: Pace | None,
     say: Say,
     after_round: Callable[[], None],
 ) -> dict[str, list[Burst]]:
@@ -114,7 +161,8 @@ def rounds_of(
         say(f"round {i + 1} of {settings.rounds}")
         for name in order.sample(list(found), len(found)):
             try:
-                found[name].append(sides[name].burst(settings.burst_ms, settings.warmup_ms, settings.cold_cache))
+                make = partial(sides[name].burst, settings.burst_ms, settings.warmup_ms, settings.cold_cache)
+                found[name].append(pace.burst(make) if pace else make())
             except SideFailedError as e:
                 failed[name] = str(e)
                 del found[name]
@@ -146,7 +194,7 @@ def stable(medians: Sequence[float], settings: Settings) -> bool:
     return abs(drift_of(medians)) <= settings.drift and spread_of(medians) <= settings.spread
 
 
-def timing_of(bursts: Sequence[Burst], settings: Settings, device: str, attempts: int) -> Timing:
+def timing_of(bursts: Sequence[Burst], settings: Settings, device: str, attempts: int, disturbed: int = 0) -> Timing:
     medians, every = medians_of(bursts), np.concatenate([np.asarray(b.times_ms) for b in bursts])
     p10, p90, p95, p99 = (float(p) for p in np.percentile(every, (10, 90, 95, 99)))
     cpu = [b.cpu_ms for b in bursts if b.cpu_ms is not None]
@@ -162,6 +210,7 @@ def timing_of(bursts: Sequence[Burst], settings: Settings, device: str, attempts
         drift=drift_of(medians),
         attempts=attempts,
         stable=stable(medians, settings),
+        disturbed=disturbed,
         clock="cuda events" if device == "cuda" else "monotonic",
         cpu_ms=float(np.median(cpu)) if cpu else None,
     )
@@ -172,6 +221,31 @@ def ratio_of(timing: Timing, reference: Timing, name: str) -> Ratio:
     each = np.asarray(timing.rounds_ms) / np.asarray(reference.rounds_ms)
     low, value, high = (float(p) for p in np.percentile(each, (10, 50, 90)))
     return Ratio(to=name, value=value, low=low, high=high)
+
+
+# --- the machine's pace ----------------------------------------------------------------------------------------------
+
+
+def pace_of(device: str, threads: int = 0) -> Callable[[], float] | None:
+    """What `measure` wants of a CPU; a GPU's clocks are on record."""
+    return partial(cpu_pace, threads) if device == "cpu" else None
+
+
+def cpu_pace(threads: int = 0) -> float:
+    """Milliseconds of a fixed piece of work on a CPU, by as many threads of torch's, on data that stay in a core's own
+    cache. The least of a few readings: what does not last for all of them is no change of pace."""
+    import torch
+
+    before, times = torch.get_num_threads(), list[float]()
+    a, out = torch.full((PACE_SIDE, PACE_SIDE), 0.63), torch.empty(PACE_SIDE, PACE_SIDE)
+    torch.set_num_threads(threads or before)
+    for _ in range(PACE_TIMES):
+        start = time.perf_counter()
+        for _ in range(4):
+            torch.mm(a, a, out=out)
+        times.append(1e3 * (time.perf_counter() - start))
+    torch.set_num_threads(before)
+    return min(times)
 
 
 # --- a burst in this process ------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,15 +19,14 @@ from optimize.profiles.timing import (
     burst_of,
     drift_of,
     measure,
+    pace_of,
     ratio_of,
     spread_of,
     stable,
     timing_of,
 )
 
-SETTINGS = Settings(
-    rounds=6, burst_ms=3.0, warmup_ms=0.5, attempts=2, drift=0.03, spread=0.10, seed=0, cold_cache=False, samples=0
-)
+SETTINGS = Settings(rounds=6, burst_ms=3.0, warmup_ms=0.5, attempts=2, drift=0.03, spread=0.10, seed=0, patience=63)
 RIGHT = RowParity(output="x", relative=0.0, limit=1e-4, rule="relative error <= 0.0001", passed=True)
 WRONG = RIGHT.model_copy(update={"relative": 0.5, "passed": False})
 
@@ -89,6 +89,36 @@ def test_what_never_agrees_is_inconclusive_and_keeps_the_better_attempt() -> Non
     found = measure(sides, dict.fromkeys("ab", RIGHT), SETTINGS)
     assert not found.timings["a"].stable
     assert found.timings["b"].stable  # the first attempt had one wobbly side, the second two
+
+
+CALM, SLOW = 0.63, 0.77
+
+
+def test_a_slower_machine_is_waited_for() -> None:
+    """Before a burst: nothing is timed until the pace is back. After one: it is made again."""
+    side = Scripted("a", [1.0, 1.0, 1.6, *[1.0] * 4])
+    paces = [CALM, CALM, SLOW, SLOW, CALM, CALM, CALM, SLOW, *[CALM] * 8]
+    timing = measure({"a": side}, {"a": RIGHT}, SETTINGS, pace=lambda: paces.pop(0)).timings["a"]
+    assert timing.rounds_ms == [1.0] * 6 and (timing.stable, timing.disturbed) == (True, 0)
+    assert len(side.asked) == 7 and not paces
+
+
+def test_a_machine_that_is_never_calm_again_is_given_up_and_said() -> None:
+    side, paces = Scripted("a", [1.0, *[1.6] * 63]), [CALM, CALM]
+    once = SETTINGS.model_copy(update={"attempts": 1, "patience": 7.0})
+    begin = time.monotonic()
+    timing = measure({"a": side}, {"a": RIGHT}, once, pace=lambda: paces.pop(0) if paces else SLOW).timings["a"]
+    assert timing.rounds_ms == [1.0, *[1.6] * 5] and timing.disturbed == 5
+    assert 0.1 < time.monotonic() - begin < 1  # 7 times 6 rounds of 3.5 ms
+
+
+def test_the_pace_is_not_that_of_what_ran_before() -> None:
+    """Data that filled all caches change nothing, and threads are as they were."""
+    read, threads = pace_of("cpu", 1), torch.get_num_threads()
+    assert read is not None and pace_of("cuda") is None
+    alone = read()
+    torch.zeros(1 << 26).add_(1.0)
+    assert alone > 0 and 0.2 < read() / alone < 5 and torch.get_num_threads() == threads
 
 
 def test_a_side_that_dies_is_named_and_the_others_go_on() -> None:

@@ -2,9 +2,10 @@
 
     python tools/bench_profiler.py --out profiles/records/profiler-cpu.json
 
-Goals G13 (the pick over the true best) and G14 (spread of a ratio over three processes), on this machine's device. The
-true best is the one with the least median over all processes together. Independent clocks time the same bound work in
-turn with ours: `torch.utils.benchmark` for every backend, and ONNX Runtime's own profile of the very same runs.
+Goals G13 (the pick over the true best) and G14 (spread of a ratio over three processes), on this machine's device; one
+thread rules, for how two share their cores with what else runs is luck. The true best is the one with the least median
+over all processes together. Independent clocks time the same bound work in turn with ours: `torch.utils.benchmark` for
+every backend, and ONNX Runtime's own profile of the very same runs.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -31,6 +32,8 @@ BACKENDS = ("eager", "torch.compile", "onnxruntime")
 SHAPE = "large=height:64,width:64,batch:4,tokens:16"
 AGREE, SPREAD_GOAL, PICK_GOAL = 0.05, 0.05, 1.05
 """Clocks; the floors of G14 and G13."""
+DISTURBED = 0.1
+"""Rounds beside a pace this much slower than the best tell nothing of clocks."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -38,8 +41,11 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--component", action="append", default=[], metavar="NAME", help="default: all of the demo")
     found.add_argument("--backend", action="append", default=[], metavar="B", help="default: " + ", ".join(BACKENDS))
     found.add_argument("--processes", type=int, default=3, metavar="N")
-    found.add_argument("--rounds", type=int, default=9, metavar="N")
-    found.add_argument("--burst", type=float, default=200, metavar="MS")
+    found.add_argument("--tries", type=int, default=3, metavar="N", help="of a process whose rounds do not agree (3)")
+    found.add_argument("--rounds", type=int, default=15, metavar="N")
+    found.add_argument("--burst", type=float, default=100, metavar="MS")
+    found.add_argument("--patience", type=float, default=20, metavar="X", help="of each profile (default: 20)")
+    found.add_argument("--threads", type=int, default=1, metavar="N", help="0: as many as torch takes")
     found.add_argument("--bundle", type=Path, metavar="DIR", help="a bundle of the demo (default: exported for this)")
     found.add_argument("--shape", default=SHAPE, metavar="NAME=AXIS:SIZE,...")
     found.add_argument("--out", type=Path, metavar="FILE", help="write the record here")
@@ -51,7 +57,7 @@ def main(words: Sequence[str] | None = None) -> int:
     load = bench_machine.Load()
     with tempfile.TemporaryDirectory() as folder:
         bundle = args.bundle or exported(Path(folder) / "demo")
-        records = [profiled(bundle, args, i) for i in range(args.processes)]
+        records, dropped = conclusive(lambda seed: profiled(bundle, args, seed), args.processes, args.tries)
         clocks = list(other_clocks(bundle, args, records[0]))
     record = {
         "schema": 1,
@@ -60,7 +66,9 @@ def main(words: Sequence[str] | None = None) -> int:
         "load": load.so_far(),
         "settings": records[0]["settings"],
         "shape": args.shape,
+        "threads": args.threads,
         "processes": [summary(r) for r in records],
+        "dropped": [summary(r) for r in dropped],
         "agreement": agreement(records),
         "clocks": clocks,
     }
@@ -79,6 +87,19 @@ def exported(folder: Path) -> Path:
     return folder
 
 
+def conclusive(
+    run: Callable[[int], dict[str, Any]], processes: int, tries: int
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The records of so many processes, and those that were made again because they said themselves that some latency
+    is inconclusive: they claim nothing that could agree. The last try counts whatever it says."""
+    kept, dropped = list[dict[str, Any]](), list[dict[str, Any]]()
+    while len(kept) < processes:
+        record = run(len(kept) + len(dropped))
+        sure = all(r["state"] != "inconclusive" for r in record["rows"])
+        (kept if sure or len(dropped) >= (tries - 1) * processes else dropped).append(record)
+    return kept, dropped
+
+
 def profiled(bundle: Path, args: argparse.Namespace, index: int) -> dict[str, Any]:
     """`optimize profile`, in a process of its own, as a user runs it."""
     words = [
@@ -92,7 +113,8 @@ def profiled(bundle: Path, args: argparse.Namespace, index: int) -> dict[str, An
         "--seed",
         str(index),
     ]
-    words += ["--rounds", str(args.rounds), "--burst", str(args.burst)]
+    words += ["--rounds", str(args.rounds), "--burst", str(args.burst), "--threads", str(args.threads)]
+    words += ["--patience", str(args.patience)]
     for name in args.component:
         words += ["--component", name]
     for name in args.backend or BACKENDS:
@@ -204,13 +226,18 @@ def agreement(records: Sequence[Mapping[str, Any]], to: str = "eager fp32") -> l
 
 def other_clocks(bundle: Path, args: argparse.Namespace, record: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """The same bound work, by our bursts and by others' clocks in turn, in this process."""
+    import torch
+
     from optimize.candidates import candidates_of, subject_from
     from optimize.compile.feeds import feeds_for
     from optimize.seats import runner_of_job
 
+    torch.set_num_threads(args.threads or torch.get_num_threads())
     subject = subject_from(bundle, args.component, (), ())
     for component, name in timed(record):
-        found = candidates_of(subject, component, args.backend or BACKENDS, (), record["machine"]["device"], 0)
+        found = candidates_of(
+            subject, component, args.backend or BACKENDS, (), record["machine"]["device"], args.threads
+        )
         job = next(c.job for c in found if c.name == name)
         sizes = next(r["sizes"] for r in record["rows"] if r["component"] == component)
         bench_machine.say(f"other clocks: {component} {name}")
@@ -227,18 +254,25 @@ def by_clocks(runner: Any, feeds: Any, args: argparse.Namespace) -> dict[str, An
     """Medians in milliseconds of each clock, and ours over theirs."""
     from torch.utils.benchmark import Timer
 
-    from optimize.profiles.timing import burst_of
+    from optimize.profiles.timing import burst_of, pace_of
 
     run, device = runner.bind(feeds), getattr(runner, "device", "cpu")
     run()
     burst_of(run, device, args.burst, args.burst, False)
-    ours, theirs, own = [], [], []
-    timer = Timer("run()", globals={"run": run}, num_threads=threads())
+    timer, rounds = Timer("run()", globals={"run": run}, num_threads=threads()), list[tuple[float, float, float]]()
+    pace = pace_of(device, args.threads) or (lambda: 0.0)
     for _ in range(args.rounds):
-        ours.append(statistics.median(burst_of(run, device, args.burst, 20, False).times_ms))
-        theirs.append(1e3 * timer.blocked_autorange(min_run_time=args.burst / 1e3).median)
-    found = {"ours_ms": statistics.median(ours), "torch_benchmark_ms": statistics.median(theirs)}
-    ratios = {"torch_benchmark": statistics.median(a / b for a, b in zip(ours, theirs, strict=True))}
+        before, burst = pace(), burst_of(run, device, args.burst, 20, False)
+        theirs = 1e3 * timer.blocked_autorange(min_run_time=args.burst / 1e3).median
+        rounds.append((max(before, pace()), statistics.median(burst.times_ms), theirs))
+    least = min(pace for pace, _, _ in rounds)
+    calm = [(ours, theirs) for pace, ours, theirs in rounds if pace <= least * (1 + DISTURBED)]
+    found: dict[str, Any] = {"rounds": len(rounds), "calm_rounds": len(calm)}
+    found |= {
+        "ours_ms": statistics.median(a for a, _ in calm),
+        "torch_benchmark_ms": statistics.median(b for _, b in calm),
+    }
+    ratios = {"torch_benchmark": statistics.median(a / b for a, b in calm)}
     if getattr(runner, "trace", None) is not None:
         burst = burst_of(run, device, args.burst, 20, False)
         own = model_runs_ms(runner)[-len(burst.times_ms) :]
@@ -248,6 +282,7 @@ def by_clocks(runner: Any, feeds: Any, args: argparse.Namespace) -> dict[str, An
 
 
 def threads() -> int:
+    """Of torch, as they are set."""
     import torch
 
     return int(torch.get_num_threads())
@@ -260,6 +295,8 @@ def model_runs_ms(runner: Any) -> list[float]:
 
 
 def show(record: Mapping[str, Any]) -> None:
+    if dropped := len(record["dropped"]):
+        print(f"{dropped} processes were inconclusive by their own account, and made again")
     busy = record["load"]["busy"]
     if busy:
         print(f"the machine was busy: others took {record['load']['others']:.0%} of it")

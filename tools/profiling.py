@@ -56,6 +56,9 @@ def how_words(verb: argparse._ActionsContainer) -> None:
     verb.add_argument("--rounds", type=int, default=9, metavar="N", help="interleaved rounds (default: 9)")
     verb.add_argument("--burst", type=float, default=200, metavar="MS", help="of each candidate in a round (200)")
     verb.add_argument("--attempts", type=int, default=3, metavar="N", help="until the rounds agree (default: 3)")
+    verb.add_argument(
+        "--patience", type=float, default=3, metavar="X", help="wait X times as long for a calm machine (default: 3)"
+    )
     verb.add_argument("--cold-cache", action="store_true", help="caches are overwritten before each run")
     verb.add_argument("--samples", type=int, default=8, metavar="N", help="real feeds for the quality (default: 8)")
     verb.add_argument("--seed", type=int, default=0, metavar="N", help="of feeds and of the order (default: 0)")
@@ -98,6 +101,7 @@ def measured(args: argparse.Namespace, progress: Progress) -> Any:
         rounds=args.rounds,
         burst_ms=args.burst,
         attempts=args.attempts,
+        patience=args.patience,
         cold_cache=args.cold_cache,
         seed=args.seed,
         operators=args.operators,

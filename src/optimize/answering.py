@@ -13,7 +13,7 @@ from optimize.errors import InputError, OptimizeError
 from optimize.profiling import PARTIAL, Session, guidance_of, packaged, pipeline_folder, records_of
 
 if TYPE_CHECKING:
-    from optimize.profiles.schema import Breakdown, Estimate, Limits, PipelineTime, Profile, Row
+    from optimize.profiles.schema import Breakdown, Estimate, Limits, Load, PipelineTime, Profile, Row
     from optimize.profiles.work import GraphWork
     from optimize.seats import Job
 
@@ -54,7 +54,7 @@ def answered(session: Session, rows: Sequence[Row], older: Profile | None) -> Pr
         choice = record.choice.model_copy(update={"pipeline": picked})
         record = record.model_copy(update={"pipelines": tuple(times), "choice": choice})
     record = record.model_copy(update={"breakdowns": tuple(breakdowns_of(session, record))})
-    record = record.model_copy(update={"notes": (*notes_of(load), *session.notes)})
+    record = record.model_copy(update={"notes": (*notes_of(load, rows), *session.notes)})
     keep(session, record)
     if older is not None:  # with another record it may raise: what was measured is kept by then
         record = record.model_copy(update={"comparison": compare(record, older)})
@@ -73,13 +73,20 @@ def keep(session: Session, record: Profile) -> None:
             (session.folder / PARTIAL).unlink(missing_ok=True)
 
 
-def notes_of(load: Any) -> list[str]:
+def notes_of(load: Load, rows: Sequence[Row]) -> list[str]:
     notes = []
     if load.busy:
         notes.append(
             f"the machine was busy: other processes took {load.others:.0%} of its cores"
             + (f", its host {load.stolen:.0%}" if load.stolen > 0.01 else "")
             + "; ratios hold better than milliseconds"
+        )
+    timings = [r.timing for r in rows if r.timing]
+    disturbed, rounds = sum(t.disturbed for t in timings), sum(len(t.rounds_ms) for t in timings)
+    if disturbed > rounds / 10:
+        notes.append(
+            f"the machine's own speed wavered: beside {disturbed} of {rounds} bursts a fixed piece of work stayed "
+            "slower than elsewhere; its host has other guests, or its clock fell"
         )
     notes += [f"the GPU was held back by its {reason}" for reason in load.gpu_throttled]
     return notes
@@ -252,7 +259,8 @@ def command_of(session: Session) -> str:
             words += [f"--{word}", value]
     settings, wishes = request.settings, request.wishes
     words += ["--device", request.device, "--rounds", str(settings.rounds), "--burst", f"{settings.burst_ms:g}"]
-    words += ["--attempts", str(settings.attempts), "--samples", str(settings.samples), "--seed", str(settings.seed)]
+    words += ["--attempts", str(settings.attempts), "--patience", f"{settings.patience:g}"]
+    words += ["--samples", str(settings.samples), "--seed", str(settings.seed)]
     for word, number in (("threads", request.threads), ("steps", request.steps), ("guidance", request.guidance)):
         words += [f"--{word}", f"{number:g}"] if number else []
     words += ["--cold-cache"] if settings.cold_cache else []

@@ -160,7 +160,7 @@ def rows_of_callables(
     functions: Mapping[str, Callable[..., Any]], inputs: Any, request: Request, progress: Progress
 ) -> list[Row]:
     """Each function through each backend; rows stand under the function's name."""
-    from optimize.profiles.timing import measure
+    from optimize.profiles.timing import measure, pace_of
 
     backends = request.backends or ("eager",)
     seats: dict[tuple[str, str], CallSeat] = {}
@@ -188,6 +188,7 @@ def rows_of_callables(
         device=request.device,
         reference=first,
         say=progress.say,
+        pace=pace_of(request.device, request.threads),
     )
     return [row(key, seats[key], parity[key], measured, loads[key], firsts[key], inputs) for key in seats]
 

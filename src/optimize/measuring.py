@@ -100,6 +100,7 @@ class Task:
     seed: int = 0
     say: Callable[[str], None] = lambda _: None
     note: Callable[[], None] = lambda: None
+    pace: Callable[[], float] | None = None
 
 
 @dataclass
@@ -346,6 +347,7 @@ def rows_at(task: Task, shape: str, seats: Mapping[str, Opened]) -> list[Row]:
         reference=REFERENCE,
         say=lambda text: task.say(f"{shape}: {text}"),
         after_round=task.note,
+        pace=task.pace,
     )
     for name, why in measured.failed.items():
         seats[name].failed = " ".join(why.split())
@@ -387,6 +389,7 @@ def unstable(timing: Any, settings: Settings) -> str:
     return (
         f"the rounds do not agree after {timing.attempts} attempts: spread {timing.spread:.1%} (at most "
         f"{settings.spread:.0%}), last to first {timing.drift:+.1%} (at most {settings.drift:.0%})"
+        + (f"; beside {timing.disturbed} of them the machine was slower than elsewhere" if timing.disturbed else "")
     )
 
 

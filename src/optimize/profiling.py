@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 FOLDER = "profile"
 PARTIAL, WORK = ".partial.json", ".work-"
-ROUNDS, BURST_MS, WARMUP_MS, ATTEMPTS = 9, 200.0, 50.0, 3
+ROUNDS, BURST_MS, WARMUP_MS, ATTEMPTS, PATIENCE = 9, 200.0, 50.0, 3, 3.0
 DRIFT, SPREAD = 0.03, 0.10
 SAMPLES = 8
 OPERATORS = ("none", "picks", "all")
@@ -99,6 +99,7 @@ def profile(
     rounds: int = ROUNDS,
     burst_ms: float = BURST_MS,
     attempts: int = ATTEMPTS,
+    patience: float = PATIENCE,
     cold_cache: bool = False,
     seed: int = 0,
     operators: str = "picks",
@@ -128,7 +129,7 @@ def profile(
         inputs: tensors that a function is called with, a sequence or by name.
         device: `cpu`, `cuda`, or `auto`. `threads` of a CPU, 0 for all cores.
         samples: real feeds on which the quality is measured; 0 for random ones.
-        rounds, burst_ms, attempts, cold_cache: see `profiles.schema.Settings`.
+        rounds, burst_ms, attempts, patience, cold_cache: see `profiles.schema.Settings`.
         operators: where the time goes: of `none`, the `picks` (and eager), or `all` candidates.
         steps, guidance: of a pipeline's run (default: its own); makes latencies into time per image.
         targets: GPUs that are not here, for which the roofline gives estimates.
@@ -161,7 +162,7 @@ def profile(
     for name in targets:
         if sheet_from_name(name) is None:
             raise InputError(f"no sheet for the target {name}", expected=", ".join(TARGETS))
-    settings = settings_of(Settings, rounds, burst_ms, attempts, cold_cache, seed, samples)
+    settings = settings_of(Settings, rounds, burst_ms, attempts, patience, cold_cache, seed, samples)
     wishes = wishes_from_words(slo=slo, quality=quality, memory=memory, price_per_hour=price_per_hour, load=load)
     request = Request(
         settings,
@@ -215,10 +216,18 @@ def check_numbers(threads: int, seed: int, steps: int | None, guidance: float | 
 
 
 def settings_of(
-    kind: type[Settings], rounds: int, burst_ms: float, attempts: int, cold: bool, seed: int, samples: int
+    kind: type[Settings],
+    rounds: int,
+    burst_ms: float,
+    attempts: int,
+    patience: float,
+    cold: bool,
+    seed: int,
+    samples: int,
 ) -> Settings:
-    for word, number, least in (("rounds", rounds, 3), ("burst", burst_ms, 0.0), ("attempts", attempts, 1)):
-        if number < least:
+    figures = {"rounds": (rounds, 3), "burst": (burst_ms, 0.0), "attempts": (attempts, 1), "patience": (patience, 0.0)}
+    for word, (number, least) in figures.items():
+        if not number >= least:
             raise InputError(f"--{word} is too small", got=number, expected=f"at least {least}")
     if samples < 0:
         raise InputError("--samples is below zero", got=samples, expected="0 (random feeds) or more")
@@ -229,6 +238,7 @@ def settings_of(
         attempts=attempts,
         drift=DRIFT,
         spread=SPREAD,
+        patience=patience,
         seed=seed,
         cold_cache=cold,
         samples=samples,
@@ -360,6 +370,8 @@ def measured(session: Session) -> list[Row]:
 def task_of(
     session: Session, name: str, candidates: Sequence[Candidate], shapes: Mapping[str, Mapping[str, int]]
 ) -> Task:
+    from optimize.profiles.timing import pace_of
+
     request, component = session.request, session.subject.components[name]
     samples, data = real_samples(session, component, next(iter(shapes.values())))
     return Task(
@@ -375,6 +387,7 @@ def task_of(
         request.settings.seed,
         session.progress.say,
         session.meter.note,
+        pace_of(request.device, request.threads),
     )
 
 
