@@ -17,6 +17,7 @@ from optimize.errors import InputError, MissingError
 
 from .schema import Limits
 from .targets import TARGETS, TargetSheet, sheet_from_name
+from .timing import on_cores
 
 SECONDS = 0.3  # for each figure
 ROUNDS = 3
@@ -63,7 +64,7 @@ def cpu_limits(threads: int = 0, seconds: float = SECONDS) -> Limits:
     import torch
 
     least: dict[tuple[str, str], float] = {}
-    with torch_threads(threads), torch.inference_mode():
+    with on_cores(threads), torch.inference_mode():
         used = torch.get_num_threads()
         runs = cpu_copies() | cpu_products(used)
         for _ in range(ROUNDS):
@@ -85,18 +86,6 @@ def cpu_limits(threads: int = 0, seconds: float = SECONDS) -> Limits:
             f"the best of several products of {CPU_SIZE} x {CPU_SIZE} matrices, {used} threads: {products}",
         ),
     )
-
-
-@contextlib.contextmanager
-def torch_threads(threads: int) -> Iterator[None]:
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def best_seconds(run: Callable[[], Any], seconds: float) -> float:

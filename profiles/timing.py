@@ -2,19 +2,21 @@
 do not.
 
 A round gives each candidate one burst of runs, after a short warm-up of its own that brings caches and clocks back. On
-a CPU a fixed piece of work is timed right before and after each burst: where it takes longer than at its best, others
-slowed the machine down (its host's other guests do it unseen), and the burst is made again. The rule of `stable` asks
-whether the last rounds are as fast as the first ones and how far the rounds lie apart; a measurement that breaks it is
-made again, all candidates together, and in the end called inconclusive.
+a CPU the burst is made in short turns, and a fixed piece of work is timed right before and after each: where it takes
+longer than at its best, others slow the machine down (its host's other guests do it unseen), and the turn is put off or
+made again. The rule of `stable` asks whether the last rounds are as fast as the first ones and how far the rounds lie
+apart; a measurement that breaks it is made again, all candidates together, and in the end called inconclusive.
 """
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import math
+import os
 import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol
@@ -155,19 +157,44 @@ def rounds_of(
     say: Say,
     after_round: Callable[[], None],
 ) -> dict[str, list[Burst]]:
-    """`settings.rounds` bursts of each side, in a new order in each round. A side that fails goes to `failed`."""
+    """`settings.rounds` bursts of each side, in a new order in each turn. A side that fails goes to `failed`."""
     found: dict[str, list[Burst]] = {name: [] for name in sides}
+    turns = max(1, round(settings.burst_ms / settings.turn_ms)) if pace else 1
     for i in range(settings.rounds):
         say(f"round {i + 1} of {settings.rounds}")
-        for name in order.sample(list(found), len(found)):
-            try:
-                make = partial(sides[name].burst, settings.burst_ms, settings.warmup_ms, settings.cold_cache)
-                found[name].append(pace.burst(make) if pace else make())
-            except SideFailedError as e:
-                failed[name] = str(e)
-                del found[name]
+        parts: dict[str, list[Burst]] = {name: [] for name in found}
+        for turn in range(turns):
+            waiting = [n for n in parts if sum(sum(b.times_ms) for b in parts[n]) < settings.burst_ms]
+            for name in order.sample(waiting, len(waiting)):
+                warmup_ms = 0.0 if turn else settings.warmup_ms  # later ones are warmed up by a single run
+                make = partial(sides[name].burst, settings.burst_ms / turns, warmup_ms, settings.cold_cache)
+                try:
+                    parts[name].append(pace.burst(make) if pace else make())
+                except SideFailedError as e:
+                    failed[name] = str(e)
+                    del parts[name], found[name]
+        for name, bursts in parts.items():
+            found[name].append(joined(bursts))
         after_round()
     return found
+
+
+def joined(bursts: Sequence[Burst]) -> Burst:
+    """The turns of a round, as one burst."""
+
+    def mean(values: Sequence[float | None]) -> float | None:
+        known = [v for v in values if v is not None]
+        return (
+            float(np.average(known, weights=[len(b.times_ms) for b in bursts])) if len(known) == len(bursts) else None
+        )
+
+    paces = [b.pace_ms for b in bursts if b.pace_ms is not None]
+    return Burst(
+        [t for b in bursts for t in b.times_ms],
+        mean([b.cpu_ms for b in bursts]),
+        mean([b.energy_j for b in bursts]),
+        float(np.median(paces)) if paces else None,
+    )
 
 
 def wobbly(rounds: Mapping[str, Sequence[Burst]], settings: Settings) -> int:
@@ -232,20 +259,39 @@ def pace_of(device: str, threads: int = 0) -> Callable[[], float] | None:
 
 
 def cpu_pace(threads: int = 0) -> float:
-    """Milliseconds of a fixed piece of work on a CPU, by as many threads of torch's, on data that stay in a core's own
-    cache. The least of a few readings: what does not last for all of them is no change of pace."""
+    """Milliseconds of a fixed piece of work on a CPU, by as many threads of torch's on the cores that candidates have,
+    on data that stay in a core's own cache. The least of a few: what does not last for all is no change of pace."""
     import torch
 
-    before, times = torch.get_num_threads(), list[float]()
+    times = list[float]()
     a, out = torch.full((PACE_SIDE, PACE_SIDE), 0.63), torch.empty(PACE_SIDE, PACE_SIDE)
-    torch.set_num_threads(threads or before)
-    for _ in range(PACE_TIMES):
-        start = time.perf_counter()
-        for _ in range(4):
-            torch.mm(a, a, out=out)
-        times.append(1e3 * (time.perf_counter() - start))
-    torch.set_num_threads(before)
+    with on_cores(threads):
+        for _ in range(PACE_TIMES):
+            start = time.perf_counter()
+            for _ in range(4):
+                torch.mm(a, a, out=out)
+            times.append(1e3 * (time.perf_counter() - start))
     return min(times)
+
+
+def cores_for(threads: int) -> set[int]:
+    """Where so many threads run: each on a core, always the same ones; 0 for all that there are."""
+    return set(sorted(os.sched_getaffinity(0))[: threads or None])
+
+
+@contextlib.contextmanager
+def on_cores(threads: int) -> Iterator[None]:
+    """torch with so many threads, and this thread on their cores; 0 changes nothing."""
+    import torch
+
+    before, cores = torch.get_num_threads(), os.sched_getaffinity(0)
+    torch.set_num_threads(threads or before)
+    os.sched_setaffinity(0, cores_for(threads))
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, cores)
+        torch.set_num_threads(before)
 
 
 # --- a burst in this process ------------------------------------------------------------------------------------------

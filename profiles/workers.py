@@ -16,7 +16,7 @@ from typing import Any
 
 from optimize.errors import GateError, InputError, MissingError, OptimizeError
 
-from .timing import Burst, SideFailedError
+from .timing import Burst, SideFailedError, cores_for
 
 KINDS: Mapping[str, type[OptimizeError]] = {e.__name__: e for e in (InputError, MissingError, GateError)}
 QUIET = {"TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false"}
@@ -38,6 +38,8 @@ class Worker:
             stderr=self.words,
             env=env,
         )
+        if threads:  # before it has any threads that would not hear of it
+            os.sched_setaffinity(self.process.pid, cores_for(threads))
         self.send({"job": dict(job)})
 
     @property

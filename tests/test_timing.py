@@ -94,6 +94,38 @@ def test_what_never_agrees_is_inconclusive_and_keeps_the_better_attempt() -> Non
 CALM, SLOW = 0.63, 0.77
 
 
+class Turning:
+    """A side whose runs take `run_ms`; it writes down what it was asked for."""
+
+    def __init__(self, name: str, run_ms: float, asked: list[tuple[str, float, float]]) -> None:
+        self.name, self.run_ms, self.asked = name, run_ms, asked
+
+    def burst(self, ms: float, warmup_ms: float, cold: bool) -> Burst:
+        self.asked.append((self.name, ms, warmup_ms))
+        return Burst([self.run_ms] * max(1, int(ms / self.run_ms)), 2.0)
+
+
+def test_a_burst_on_a_cpu_is_made_in_turns() -> None:
+    """What one turn's neighbours suffer from, all do. Who needs a whole burst for a run has one turn."""
+    asked: list[tuple[str, float, float]] = []
+    sides = {
+        "quick": Turning("quick", 7.0, asked),
+        "slow": Turning("slow", 630.0, asked),
+        "b": Turning("b", 25.0, asked),
+    }
+    long = SETTINGS.model_copy(update={"burst_ms": 100.0, "rounds": 3, "turn_ms": 25.0})
+    found = measure(sides, dict.fromkeys(sides, RIGHT), long, pace=lambda: CALM)
+    first = asked[: len(asked) // 3]
+    assert sorted(n for n, _, _ in first) == ["b"] * 4 + ["quick"] * 4 + ["slow"]
+    assert {n for n, _, _ in first[:3]} == set(sides) and all(w == 0.5 for _, _, w in first[:3])
+    assert all((ms, warmup) == (25.0, 0.0) for _, ms, warmup in first[3:])
+    assert (found.timings["quick"].runs, found.timings["slow"].runs) == (36, 3)
+    assert found.timings["quick"].median_ms == 7.0 and found.timings["quick"].cpu_ms == 2.0
+    asked.clear()
+    measure(sides, dict.fromkeys(sides, RIGHT), long)
+    assert len(asked) == 9 and {ms for _, ms, _ in asked} == {100.0}, "a GPU's bursts are whole"
+
+
 def test_a_slower_machine_is_waited_for() -> None:
     """Before a burst: nothing is timed until the pace is back. After one: it is made again."""
     side = Scripted("a", [1.0, 1.0, 1.6, *[1.0] * 4])

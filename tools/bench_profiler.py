@@ -18,7 +18,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -32,8 +32,8 @@ BACKENDS = ("eager", "torch.compile", "onnxruntime")
 SHAPE = "large=height:64,width:64,batch:4,tokens:16"
 AGREE, SPREAD_GOAL, PICK_GOAL = 0.05, 0.05, 1.05
 """Clocks; the floors of G14 and G13."""
-DISTURBED = 0.1
-"""Rounds beside a pace this much slower than the best tell nothing of clocks."""
+TURN_MS, DISTURBED = 25, 0.04
+"""Clocks take turns; those beside a pace this much slower than the best tell nothing of them."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -41,10 +41,9 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--component", action="append", default=[], metavar="NAME", help="default: all of the demo")
     found.add_argument("--backend", action="append", default=[], metavar="B", help="default: " + ", ".join(BACKENDS))
     found.add_argument("--processes", type=int, default=3, metavar="N")
-    found.add_argument("--tries", type=int, default=3, metavar="N", help="of a process whose rounds do not agree (3)")
-    found.add_argument("--rounds", type=int, default=15, metavar="N")
-    found.add_argument("--burst", type=float, default=100, metavar="MS")
-    found.add_argument("--patience", type=float, default=20, metavar="X", help="of each profile (default: 20)")
+    found.add_argument("--rounds", type=int, default=9, metavar="N")
+    found.add_argument("--burst", type=float, default=200, metavar="MS")
+    found.add_argument("--patience", type=float, default=10, metavar="X", help="of each profile (default: 10)")
     found.add_argument("--threads", type=int, default=1, metavar="N", help="0: as many as torch takes")
     found.add_argument("--bundle", type=Path, metavar="DIR", help="a bundle of the demo (default: exported for this)")
     found.add_argument("--shape", default=SHAPE, metavar="NAME=AXIS:SIZE,...")
@@ -57,7 +56,7 @@ def main(words: Sequence[str] | None = None) -> int:
     load = bench_machine.Load()
     with tempfile.TemporaryDirectory() as folder:
         bundle = args.bundle or exported(Path(folder) / "demo")
-        records, dropped = conclusive(lambda seed: profiled(bundle, args, seed), args.processes, args.tries)
+        records = [profiled(bundle, args, i) for i in range(args.processes)]
         clocks = list(other_clocks(bundle, args, records[0]))
     record = {
         "schema": 1,
@@ -68,7 +67,6 @@ def main(words: Sequence[str] | None = None) -> int:
         "shape": args.shape,
         "threads": args.threads,
         "processes": [summary(r) for r in records],
-        "dropped": [summary(r) for r in dropped],
         "agreement": agreement(records),
         "clocks": clocks,
     }
@@ -85,19 +83,6 @@ def exported(folder: Path) -> Path:
     bench_machine.say("export the demo")
     export(SOURCE, folder, precisions=PRECISIONS)
     return folder
-
-
-def conclusive(
-    run: Callable[[int], dict[str, Any]], processes: int, tries: int
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The records of so many processes, and those that were made again because they said themselves that some latency
-    is inconclusive: they claim nothing that could agree. The last try counts whatever it says."""
-    kept, dropped = list[dict[str, Any]](), list[dict[str, Any]]()
-    while len(kept) < processes:
-        record = run(len(kept) + len(dropped))
-        sure = all(r["state"] != "inconclusive" for r in record["rows"])
-        (kept if sure or len(dropped) >= (tries - 1) * processes else dropped).append(record)
-    return kept, dropped
 
 
 def profiled(bundle: Path, args: argparse.Namespace, index: int) -> dict[str, Any]:
@@ -226,13 +211,11 @@ def agreement(records: Sequence[Mapping[str, Any]], to: str = "eager fp32") -> l
 
 def other_clocks(bundle: Path, args: argparse.Namespace, record: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """The same bound work, by our bursts and by others' clocks in turn, in this process."""
-    import torch
-
     from optimize.candidates import candidates_of, subject_from
     from optimize.compile.feeds import feeds_for
+    from optimize.profiles.timing import on_cores
     from optimize.seats import runner_of_job
 
-    torch.set_num_threads(args.threads or torch.get_num_threads())
     subject = subject_from(bundle, args.component, (), ())
     for component, name in timed(record):
         found = candidates_of(
@@ -246,7 +229,7 @@ def other_clocks(bundle: Path, args: argparse.Namespace, record: Mapping[str, An
         with tempfile.TemporaryDirectory() as folder:
             if job.backend.startswith("onnxruntime"):
                 runner.trace = Path(folder) / "ort"
-            with runner:
+            with on_cores(args.threads), runner:
                 yield {"component": component, "candidate": name, **by_clocks(runner, feeds, args)}
 
 
@@ -261,13 +244,14 @@ def by_clocks(runner: Any, feeds: Any, args: argparse.Namespace) -> dict[str, An
     burst_of(run, device, args.burst, args.burst, False)
     timer, rounds = Timer("run()", globals={"run": run}, num_threads=threads()), list[tuple[float, float, float]]()
     pace = pace_of(device, args.threads) or (lambda: 0.0)
-    for _ in range(args.rounds):
-        before, burst = pace(), burst_of(run, device, args.burst, 20, False)
-        theirs = 1e3 * timer.blocked_autorange(min_run_time=args.burst / 1e3).median
+    turns = max(1, round(args.burst / TURN_MS))
+    for _ in range(args.rounds * turns):
+        before, burst = pace(), burst_of(run, device, args.burst / turns, 0, False)
+        theirs = 1e3 * timer.blocked_autorange(min_run_time=args.burst / turns / 1e3).median
         rounds.append((max(before, pace()), statistics.median(burst.times_ms), theirs))
-    least = min(pace for pace, _, _ in rounds)
-    calm = [(ours, theirs) for pace, ours, theirs in rounds if pace <= least * (1 + DISTURBED)]
-    found: dict[str, Any] = {"rounds": len(rounds), "calm_rounds": len(calm)}
+    calm_ms = (1 + DISTURBED) * min(ms for ms, _, _ in rounds)
+    calm = [(ours, theirs) for ms, ours, theirs in rounds if ms <= calm_ms]
+    found: dict[str, Any] = {"turns": len(rounds), "calm_turns": len(calm)}
     found |= {
         "ours_ms": statistics.median(a for a, _ in calm),
         "torch_benchmark_ms": statistics.median(b for _, b in calm),
@@ -295,8 +279,8 @@ def model_runs_ms(runner: Any) -> list[float]:
 
 
 def show(record: Mapping[str, Any]) -> None:
-    if dropped := len(record["dropped"]):
-        print(f"{dropped} processes were inconclusive by their own account, and made again")
+    states = [state for p in record["processes"] for state in p["states"].values()]
+    print(f"{states.count('inconclusive')} of {len(states)} latencies are inconclusive by their own account")
     busy = record["load"]["busy"]
     if busy:
         print(f"the machine was busy: others took {record['load']['others']:.0%} of it")

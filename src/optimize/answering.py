@@ -85,7 +85,7 @@ def notes_of(load: Load, rows: Sequence[Row]) -> list[str]:
     disturbed, rounds = sum(t.disturbed for t in timings), sum(len(t.rounds_ms) for t in timings)
     if disturbed > rounds / 10:
         notes.append(
-            f"the machine's own speed wavered: beside {disturbed} of {rounds} bursts a fixed piece of work stayed "
+            f"the machine's own speed wavered: beside {disturbed} of {rounds} rounds a fixed piece of work stayed "
             "slower than elsewhere; its host has other guests, or its clock fell"
         )
     notes += [f"the GPU was held back by its {reason}" for reason in load.gpu_throttled]
