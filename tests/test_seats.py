@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from optimize.candidates import REFERENCE, Candidate
 from optimize.compile.sources import source_from_text
 from optimize.measuring import Task, groups_of
 from optimize.profiles.schema import Settings
+from optimize.profiles.workers import Worker
 from optimize.seats import Job, Seat
 
 SETTINGS = Settings(rounds=3, burst_ms=5, warmup_ms=1, attempts=1, drift=0.03, spread=0.1, seed=0)
@@ -31,6 +34,16 @@ def test_what_others_take_of_a_gpu_is_not_ones_own(monkeypatch: pytest.MonkeyPat
     with first.counted():
         used -= 50  # given back: the peak stays
     assert [s.memory() for s in (first, second)] == [{"host": None, "device": 77}, {"host": None, "device": 1000}]
+
+
+def test_a_worker_of_few_threads_has_a_core_for_each() -> None:
+    cores = os.sched_getaffinity(0)
+    for threads, expected in ((1, {min(cores)}), (0, cores)):
+        worker = Worker("optimize.seats", asdict(Job("m", "eager", "fp32")), threads)
+        try:
+            assert os.sched_getaffinity(worker.pid) == expected
+        finally:
+            worker.close()
 
 
 def names(words: Sequence[str]) -> list[Candidate]:

@@ -6,6 +6,7 @@ import re
 import struct
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +38,15 @@ def records_of(run: Path) -> list[Any]:
 
     (file,) = run.glob("*.wandb")
     data, at, found, held = file.read_bytes(), 7, [], b""  # 7 bytes name the format
-    assert data[:4] == b":W&B"
+    assert data[:4] in (b":W&B", b"")
     while at + 7 <= len(data):
         if (room := 32768 - at % 32768) < 7:
             at += room
             continue
         length, kind = struct.unpack_from("<HB", data, at + 4)
         piece, at = data[at + 7 : at + 7 + length], at + 7 + length
+        if len(piece) < length:  # not written to its end yet
+            break
         held = held + piece if kind in (3, 4) else piece  # whole, first, middle, last
         if kind in (1, 4):
             found.append(wandb_internal_pb2.Record.FromString(held))
@@ -56,7 +59,10 @@ def test_a_profile_is_logged_offline(offline: Path) -> None:
     page = write_report(profile, folder)
     where = Path(tracking.log_to_wandb(profile, folder))
     assert where.parent == folder / "wandb" and where.name.startswith("offline-run-")
-    kept = records_of(where)
+    kept, end = records_of(where), time.monotonic() + 60
+    while not any(r.HasField("exit") for r in kept) and time.monotonic() < end:
+        time.sleep(0.1)  # wandb's own process writes on after `finish`
+        kept = records_of(where)
     config = {i.key: json.loads(i.value_json) for r in kept for i in (*r.run.config.update, *r.config.update) if i.key}
     assert config["machine"]["cpu"] == profile.machine.cpu and config["settings"]["rounds"] == 7
     assert config["wishes"] == ["p95<100ms", "cosine>=0.999"]
