@@ -76,9 +76,9 @@ class Limits(Record):
 class Settings(Record):
     """How it was measured: `rounds` interleaved rounds in random order, in each a burst of `burst_ms` per candidate
     after `warmup_ms`; at most `attempts` times, until first and last rounds agree within `drift` and the spread of the
-    rounds' medians is at most `spread`. On a CPU candidates take turns of `turn_ms` in a burst, and a turn beside which
-    a fixed piece of work is slower than at its best by more than `pace` is put off or made again, for at most
-    `patience` times as long as measuring takes."""
+    rounds' medians is at most `spread`. On a CPU candidates take turns of `turn_ms` in a burst (0: none, a burst is
+    whole), and a turn beside which a fixed piece of work is slower than at its best by more than `pace` is put off or
+    made again, for at most `patience` times as long as measuring takes."""
 
     rounds: int
     burst_ms: float
@@ -89,8 +89,8 @@ class Settings(Record):
     seed: int
     cold_cache: bool = False
     samples: int = 0
-    turn_ms: float = 25.0
-    pace: float = 0.04
+    turn_ms: float = 0.0
+    pace: float = 0.0
     patience: float = 0.0
 
 

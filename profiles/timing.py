@@ -159,7 +159,7 @@ def rounds_of(
 ) -> dict[str, list[Burst]]:
     """`settings.rounds` bursts of each side, in a new order in each turn. A side that fails goes to `failed`."""
     found: dict[str, list[Burst]] = {name: [] for name in sides}
-    turns = max(1, round(settings.burst_ms / settings.turn_ms)) if pace else 1
+    turns = max(1, round(settings.burst_ms / settings.turn_ms)) if settings.turn_ms else 1
     for i in range(settings.rounds):
         say(f"round {i + 1} of {settings.rounds}")
         parts: dict[str, list[Burst]] = {name: [] for name in found}
@@ -184,9 +184,9 @@ def joined(bursts: Sequence[Burst]) -> Burst:
 
     def mean(values: Sequence[float | None]) -> float | None:
         known = [v for v in values if v is not None]
-        return (
-            float(np.average(known, weights=[len(b.times_ms) for b in bursts])) if len(known) == len(bursts) else None
-        )
+        if len(known) < len(values):
+            return None
+        return float(np.average(known, weights=[len(b.times_ms) for b in bursts]))
 
     paces = [b.pace_ms for b in bursts if b.pace_ms is not None]
     return Burst(

@@ -14,13 +14,14 @@ from typing import Any
 
 import pytest
 import torch
+from profile_records import a_profile
 
 import optimize
 from optimize import measuring, profiling
 from optimize.compile import backends
 from optimize.compile.runners import OnnxRuntimeRunner, check_placement
 from optimize.errors import InputError, MissingError
-from optimize.profiles.reading import profile_from_file
+from optimize.profiles.reading import profile_from_file, write_profile
 from optimize.profiles.schema import Profile, Row
 from optimize.tools.cli import main
 
@@ -364,6 +365,16 @@ def test_what_a_killed_run_left_is_cleared_away(bundle: Path, tmp_path: Path) ->
     assert not work.exists()
 
 
+def test_a_record_is_kept_where_the_older_one_cannot_be_compared(mixers: None, tmp_path: Path) -> None:
+    write_profile(a_profile(), tmp_path / "old.json")
+    words: dict[str, Any] = {"backends": ["eager"], "trust_remote_code": True, "isolated": False, **QUICK}
+    with pytest.raises(InputError, match="of another machine"):
+        optimize.profile(SOURCE, against=tmp_path / "old.json", report=tmp_path / "r", **words)
+    kept = profile_from_file(tmp_path / "r" / "profile.json")
+    assert kept.rows[0].timing is not None and kept.comparison is None
+    assert (kept.settings.turn_ms, kept.settings.pace) == (25.0, 0.04)  # of a CPU
+
+
 # --- functions -------------------------------------------------------------------------------------------------------
 
 
@@ -391,6 +402,7 @@ def test_functions_are_held_to_the_first_ones_outputs() -> None:
         (lambda x: x, {"inputs": (torch.ones(1),), "precisions": ["fp16"]}, "precisions is for bundles"),
         (lambda x: x, {"inputs": (torch.ones(1),), "slo": ["p95<1ms"]}, "slo is for bundles"),
         (lambda x: x, {"inputs": (torch.ones(1),), "steps": 7}, "steps is for bundles"),
+        (lambda x: x, {"inputs": (torch.ones(1),), "guidance": 0.0}, "guidance is for bundles"),
     ],
 )
 def test_functions_that_cannot_be_compared_are_refused(what: Any, words: dict[str, Any], said: str) -> None:

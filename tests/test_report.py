@@ -68,7 +68,8 @@ def test_without_wishes_the_fastest_is_named_an_inconclusive_one_by_its_slow_rou
         a_row(backend="aoti", ms=7.0, state="inconclusive"),
         a_row(backend="torch.compile", ms=63.0),
     )
-    slow = rows[1].timing.model_copy(update={"rounds_ms": [1.0, 77.0, 77.7]})  # type: ignore[union-attr]
+    assert rows[1].timing is not None
+    slow = rows[1].timing.model_copy(update={"rounds_ms": [1.0, 77.0, 77.7]})
     rows = (rows[0], rows[1].model_copy(update={"timing": slow}), rows[2])
     (card,) = report_views.answer(a_profile(rows=rows))["cards"]
     assert (card["backend"], card["runner_up"]) == ("torch.compile", "eager fp32, 77.0 ms")

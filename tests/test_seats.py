@@ -36,6 +36,16 @@ def test_what_others_take_of_a_gpu_is_not_ones_own(monkeypatch: pytest.MonkeyPat
     assert [s.memory() for s in (first, second)] == [{"host": None, "device": 77}, {"host": None, "device": 1000}]
 
 
+def test_a_worker_keeps_freed_memory_but_for_the_users_own_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "63")
+    worker = Worker("optimize.seats", asdict(Job("m", "eager", "fp32")))
+    try:
+        words = Path(f"/proc/{worker.pid}/environ").read_bytes().split(b"\0")
+    finally:
+        worker.close()
+    assert {b"MALLOC_TRIM_THRESHOLD_=63", b"MALLOC_MMAP_THRESHOLD_=33554432"} <= set(words)
+
+
 def test_a_worker_of_few_threads_has_a_core_for_each() -> None:
     cores = os.sched_getaffinity(0)
     for threads, expected in ((1, {min(cores)}), (0, cores)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Sequence
 
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from optimize.errors import GateError
+from optimize.profiles import timing
 from optimize.profiles.schema import RowParity, Settings
 from optimize.profiles.timing import (
     Burst,
@@ -26,7 +28,9 @@ from optimize.profiles.timing import (
     timing_of,
 )
 
-SETTINGS = Settings(rounds=6, burst_ms=3.0, warmup_ms=0.5, attempts=2, drift=0.03, spread=0.10, seed=0, patience=63)
+SETTINGS = Settings(
+    rounds=6, burst_ms=3.0, warmup_ms=0.5, attempts=2, drift=0.03, spread=0.10, seed=0, pace=0.04, patience=63
+)
 RIGHT = RowParity(output="x", relative=0.0, limit=1e-4, rule="relative error <= 0.0001", passed=True)
 WRONG = RIGHT.model_copy(update={"relative": 0.5, "passed": False})
 
@@ -122,7 +126,7 @@ def test_a_burst_on_a_cpu_is_made_in_turns() -> None:
     assert (found.timings["quick"].runs, found.timings["slow"].runs) == (36, 3)
     assert found.timings["quick"].median_ms == 7.0 and found.timings["quick"].cpu_ms == 2.0
     asked.clear()
-    measure(sides, dict.fromkeys(sides, RIGHT), long)
+    measure(sides, dict.fromkeys(sides, RIGHT), long.model_copy(update={"turn_ms": 0.0}))
     assert len(asked) == 9 and {ms for _, ms, _ in asked} == {100.0}, "a GPU's bursts are whole"
 
 
@@ -130,8 +134,8 @@ def test_a_slower_machine_is_waited_for() -> None:
     """Before a burst: nothing is timed until the pace is back. After one: it is made again."""
     side = Scripted("a", [1.0, 1.0, 1.6, *[1.0] * 4])
     paces = [CALM, CALM, SLOW, SLOW, CALM, CALM, CALM, SLOW, *[CALM] * 8]
-    timing = measure({"a": side}, {"a": RIGHT}, SETTINGS, pace=lambda: paces.pop(0)).timings["a"]
-    assert timing.rounds_ms == [1.0] * 6 and (timing.stable, timing.disturbed) == (True, 0)
+    found = measure({"a": side}, {"a": RIGHT}, SETTINGS, pace=lambda: paces.pop(0)).timings["a"]
+    assert found.rounds_ms == [1.0] * 6 and (found.stable, found.disturbed) == (True, 0)
     assert len(side.asked) == 7 and not paces
 
 
@@ -139,18 +143,24 @@ def test_a_machine_that_is_never_calm_again_is_given_up_and_said() -> None:
     side, paces = Scripted("a", [1.0, *[1.6] * 63]), [CALM, CALM]
     once = SETTINGS.model_copy(update={"attempts": 1, "patience": 7.0})
     begin = time.monotonic()
-    timing = measure({"a": side}, {"a": RIGHT}, once, pace=lambda: paces.pop(0) if paces else SLOW).timings["a"]
-    assert timing.rounds_ms == [1.0, *[1.6] * 5] and timing.disturbed == 5
+    found = measure({"a": side}, {"a": RIGHT}, once, pace=lambda: paces.pop(0) if paces else SLOW).timings["a"]
+    assert found.rounds_ms == [1.0, *[1.6] * 5] and found.disturbed == 5
     assert 0.1 < time.monotonic() - begin < 1  # 7 times 6 rounds of 3.5 ms
 
 
-def test_the_pace_is_not_that_of_what_ran_before() -> None:
-    """Data that filled all caches change nothing, and threads are as they were."""
-    read, threads = pace_of("cpu", 1), torch.get_num_threads()
+def test_the_pace_is_not_that_of_what_ran_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Data that filled all caches change nothing; more work does; threads and cores are as they were."""
+    read, threads, cores = pace_of("cpu", 1), torch.get_num_threads(), os.sched_getaffinity(0)
     assert read is not None and pace_of("cuda") is None
-    alone = read()
-    torch.zeros(1 << 26).add_(1.0)
-    assert alone > 0 and 0.2 < read() / alone < 5 and torch.get_num_threads() == threads
+    torch.set_num_threads(2)
+    try:
+        alone = read()
+        torch.zeros(1 << 26).add_(1.0)
+        assert 0.2 < read() / alone < 5 and torch.get_num_threads() == 2 and os.sched_getaffinity(0) == cores
+        monkeypatch.setattr(timing, "PACE_SIDE", 4 * timing.PACE_SIDE)
+        assert read() > 8 * alone  # 64 times the work
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_a_side_that_dies_is_named_and_the_others_go_on() -> None:

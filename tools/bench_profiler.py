@@ -22,7 +22,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from optimize.profiles.schema import Timing
+from optimize.profiles.schema import Settings, Timing
 from optimize.profiles.timing import ratio_of
 from optimize.tools import bench_machine
 from optimize.tools.bench_machine import WorkerFailed
@@ -32,8 +32,6 @@ BACKENDS = ("eager", "torch.compile", "onnxruntime")
 SHAPE = "large=height:64,width:64,batch:4,tokens:16"
 AGREE, SPREAD_GOAL, PICK_GOAL = 0.05, 0.05, 1.05
 """Clocks; the floors of G14 and G13."""
-TURN_MS, DISTURBED = 25, 0.04
-"""Clocks take turns; those beside a pace this much slower than the best tell nothing of them."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -230,26 +228,33 @@ def other_clocks(bundle: Path, args: argparse.Namespace, record: Mapping[str, An
             if job.backend.startswith("onnxruntime"):
                 runner.trace = Path(folder) / "ort"
             with on_cores(args.threads), runner:
-                yield {"component": component, "candidate": name, **by_clocks(runner, feeds, args)}
+                yield {
+                    "component": component,
+                    "candidate": name,
+                    **by_clocks(runner, feeds, args.threads, Settings(**record["settings"])),
+                }
 
 
-def by_clocks(runner: Any, feeds: Any, args: argparse.Namespace) -> dict[str, Any]:
-    """Medians in milliseconds of each clock, and ours over theirs."""
+def by_clocks(runner: Any, feeds: Any, threads: int, settings: Settings) -> dict[str, Any]:
+    """Medians in milliseconds of each clock, and ours over theirs. Clocks take the profile's turns; those beside a pace
+    slower than the best tell nothing of them."""
     from torch.utils.benchmark import Timer
 
     from optimize.profiles.timing import burst_of, pace_of
 
     run, device = runner.bind(feeds), getattr(runner, "device", "cpu")
     run()
-    burst_of(run, device, args.burst, args.burst, False)
-    timer, rounds = Timer("run()", globals={"run": run}, num_threads=threads()), list[tuple[float, float, float]]()
-    pace = pace_of(device, args.threads) or (lambda: 0.0)
-    turns = max(1, round(args.burst / TURN_MS))
-    for _ in range(args.rounds * turns):
-        before, burst = pace(), burst_of(run, device, args.burst / turns, 0, False)
-        theirs = 1e3 * timer.blocked_autorange(min_run_time=args.burst / turns / 1e3).median
+    burst_of(run, device, settings.burst_ms, settings.burst_ms, False)
+    timer, rounds = (
+        Timer("run()", globals={"run": run}, num_threads=torch_threads()),
+        list[tuple[float, float, float]](),
+    )
+    pace, turn_ms = pace_of(device, threads) or (lambda: 0.0), settings.turn_ms or settings.burst_ms
+    for _ in range(settings.rounds * round(settings.burst_ms / turn_ms)):
+        before, burst = pace(), burst_of(run, device, turn_ms, 0, False)
+        theirs = 1e3 * timer.blocked_autorange(min_run_time=turn_ms / 1e3).median
         rounds.append((max(before, pace()), statistics.median(burst.times_ms), theirs))
-    calm_ms = (1 + DISTURBED) * min(ms for ms, _, _ in rounds)
+    calm_ms = (1 + settings.pace) * min(ms for ms, _, _ in rounds)
     calm = [(ours, theirs) for ms, ours, theirs in rounds if ms <= calm_ms]
     found: dict[str, Any] = {"turns": len(rounds), "calm_turns": len(calm)}
     found |= {
@@ -258,15 +263,14 @@ def by_clocks(runner: Any, feeds: Any, args: argparse.Namespace) -> dict[str, An
     }
     ratios = {"torch_benchmark": statistics.median(a / b for a, b in calm)}
     if getattr(runner, "trace", None) is not None:
-        burst = burst_of(run, device, args.burst, 20, False)
+        burst = burst_of(run, device, settings.burst_ms, 20, False)
         own = model_runs_ms(runner)[-len(burst.times_ms) :]
         found["onnxruntime_ms"] = statistics.median(own)
         ratios["onnxruntime"] = statistics.median(a / b for a, b in zip(burst.times_ms, own, strict=True))
     return {**found, "ours_over": ratios}
 
 
-def threads() -> int:
-    """Of torch, as they are set."""
+def torch_threads() -> int:
     import torch
 
     return int(torch.get_num_threads())

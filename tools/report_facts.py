@@ -167,8 +167,8 @@ def method(profile: Profile) -> View:
         ("clock", ", ".join(clocks) or NONE),
         ("stable", f"first and last rounds agree within {percent(s.drift)}, and the rounds' medians spread by at most "
          f"{percent(s.spread)}"),
-        ("on a CPU", f"in turns of {milliseconds(s.turn_ms)}; one beside which a fixed piece of work is over "
-         f"{percent(s.pace)} slower than its best is put off or made again"),
+        *([("turns", f"of {milliseconds(s.turn_ms)}; one beside which a fixed piece of work is over {percent(s.pace)} "
+            "slower than its best is put off or made again")] if s.turn_ms else []),
         ("else", f"measured again, at most {s.attempts} times; then the row is inconclusive"),
         ("cache", "cold: flushed before each run" if s.cold_cache else "warm, as in a loop"),
         ("quality", f"{s.samples} samples" if s.samples else "no samples: parity on the measured feeds alone"),

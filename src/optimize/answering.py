@@ -262,7 +262,7 @@ def command_of(session: Session) -> str:
     words += ["--attempts", str(settings.attempts), "--patience", f"{settings.patience:g}"]
     words += ["--samples", str(settings.samples), "--seed", str(settings.seed)]
     for word, number in (("threads", request.threads), ("steps", request.steps), ("guidance", request.guidance)):
-        words += [f"--{word}", f"{number:g}"] if number else []
+        words += [f"--{word}", f"{number:g}"] if number is not None else []
     words += ["--cold-cache"] if settings.cold_cache else []
     for word, each in (("slo", wishes.slo), ("quality", wishes.quality)):
         for wish in each:

@@ -137,7 +137,7 @@ def named(what: Any) -> dict[str, Callable[..., Any]]:
 def check_words(**words: Any) -> None:
     """Raises InputError for what functions cannot be given: nothing that is asked for is dropped."""
     for word, value in words.items():
-        if value:
+        if value not in (None, (), []):
             raise InputError(f"{word} is for bundles and sources", got=value, mend="leave it out")
 
 

@@ -45,6 +45,7 @@ FOLDER = "profile"
 PARTIAL, WORK = ".partial.json", ".work-"
 ROUNDS, BURST_MS, WARMUP_MS, ATTEMPTS, PATIENCE = 9, 200.0, 50.0, 3, 3.0
 DRIFT, SPREAD = 0.03, 0.10
+TURN_MS, PACE = 25.0, 0.04
 SAMPLES = 8
 OPERATORS = ("none", "picks", "all")
 
@@ -162,7 +163,7 @@ def profile(
     for name in targets:
         if sheet_from_name(name) is None:
             raise InputError(f"no sheet for the target {name}", expected=", ".join(TARGETS))
-    settings = settings_of(Settings, rounds, burst_ms, attempts, patience, cold_cache, seed, samples)
+    settings = settings_of(Settings, device, rounds, burst_ms, attempts, patience, cold_cache, seed, samples)
     wishes = wishes_from_words(slo=slo, quality=quality, memory=memory, price_per_hour=price_per_hour, load=load)
     request = Request(
         settings,
@@ -217,6 +218,7 @@ def check_numbers(threads: int, seed: int, steps: int | None, guidance: float | 
 
 def settings_of(
     kind: type[Settings],
+    device: str,
     rounds: int,
     burst_ms: float,
     attempts: int,
@@ -238,7 +240,7 @@ def settings_of(
         attempts=attempts,
         drift=DRIFT,
         spread=SPREAD,
-        patience=patience,
+        **({"turn_ms": TURN_MS, "pace": PACE, "patience": patience} if device == "cpu" else {}),
         seed=seed,
         cold_cache=cold,
         samples=samples,
