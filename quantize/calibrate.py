@@ -37,7 +37,7 @@ class Samples(Protocol):
 
 @dataclass
 class Seen:
-    """What a value looked like: its magnitudes, the largest one per channel of its last axis, its most rows."""
+    """What a value looked like: its numbers, the largest magnitude per channel of its last axis, its most rows."""
 
     histogram: Histogram = field(default_factory=Histogram)
     channels: Array | None = None
@@ -120,7 +120,7 @@ def write_cache(path: Path, key: Mapping[str, Any], done: int, seen: Mapping[str
     names = sorted(seen)
     arrays: dict[str, Array] = {
         "counts": np.stack([seen[n].histogram.counts for n in names]),
-        "figures": np.array([[seen[n].histogram.width, seen[n].histogram.largest, seen[n].rows] for n in names]),
+        "figures": np.array([[(h := seen[n].histogram).width, h.low, h.high, seen[n].rows] for n in names]),
         "about": np.array(json.dumps({"key": key, "done": done, "names": names})),
     }
     arrays |= {f"channels/{n}": c for n in names if (c := seen[n].channels) is not None}
@@ -142,9 +142,9 @@ def read_cache(path: Path | None, key: Mapping[str, Any]) -> tuple[int, dict[str
                 return 0, {}
             seen = {}
             for i, name in enumerate(about["names"]):
-                width, largest, rows = file["figures"][i]
+                width, low, high, rows = (float(v) for v in file["figures"][i])
                 channels = file[f"channels/{name}"] if f"channels/{name}" in file.files else None
-                seen[name] = Seen(Histogram(file["counts"][i], float(width), float(largest)), channels, int(rows))
+                seen[name] = Seen(Histogram(file["counts"][i], width, low, high), channels, int(rows))
             return int(about["done"]), seen
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return 0, {}  # a cache that cannot be read is no cache

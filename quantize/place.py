@@ -19,7 +19,7 @@ from optimize.compile.onnx_model import drop_unused_initializers
 from optimize.errors import InputError
 
 from .calibrate import Calibration
-from .scales import Array, amax_of, quantize, scale_of, spread, weight_scale
+from .scales import Array, Grid, grid_of, quantize, spread, weight_scale
 from .schemes import FORMATS, Format, Scheme
 from .sites import Site, initializer
 from .smooth import Smoothing
@@ -40,6 +40,12 @@ class Placement:
     def format(self) -> Format:
         return FORMATS[self.scheme.weights]
 
+    @property
+    def activations(self) -> Format:
+        """Of static activations. For ONNX Runtime uint8, whose zero is anywhere at no cost: int8 it turns into that on
+        x86 anyway, by a pass that in 1.31 breaks graphs (a QuantizeLinear moved over a Transpose)."""
+        return FORMATS["uint8"] if self.format.name == "int8" and self.runtime == "onnxruntime" else self.format
+
     def chosen(self) -> list[Site]:
         return [s for s in self.sites if not s.stays]
 
@@ -50,12 +56,12 @@ class Placement:
         outputs = [s.output for s in self.chosen() if quantizes_output(self, s)]
         return list(dict.fromkeys([name for s in self.chosen() for name in s.reads] + outputs))
 
-    def scale(self, value: str) -> float:
-        """The scale of an activation. Raises InputError where calibration has not seen it."""
+    def grid(self, value: str) -> Grid:
+        """Scale and zero point of an activation. Raises InputError where calibration has not seen it."""
         seen = self.calibration.seen.get(value) if self.calibration else None
         if seen is None or not seen.histogram.counts.any():
             raise InputError(f"{value} was not calibrated", mend="calibrate again without the cache")
-        return float(scale_of(amax_of(seen.histogram, self.method, self.format), self.format))
+        return grid_of(seen.histogram, self.method, self.activations)
 
 
 def quantizes_output(p: Placement, s: Site) -> bool:
@@ -176,10 +182,10 @@ class Builder:
         return list(node.outputs)
 
     def pair(self, x: ir.Value, seen: str, name: str, anchor: ir.Node, before: bool) -> ir.Value:
-        """Q and DQ of a value that was calibrated as `seen`, static scale, zero point 0."""
-        kind, few = base_of(x), stored_as(self.p)
-        scale = self.constant(f"{name}.scale", np.array(self.p.scale(seen), numpy_of(kind)))
-        zero = self.constant(f"{name}.zero", zero_of(few), few)
+        """Q and DQ of a value that was calibrated as `seen`, with a static scale and zero point."""
+        kind, few, grid = base_of(x), ir.DataType[self.p.activations.onnx], self.p.grid(seen)
+        scale = self.constant(f"{name}.scale", np.array(grid.scale, numpy_of(kind)))
+        zero = self.constant(f"{name}.zero", np.array(grid.zero, few.numpy()), few)
         (q,) = self.make("QuantizeLinear", [x, scale, zero], f"{name}.q", [few], x.shape)
         nodes = [self.made]
         (dq,) = self.make("DequantizeLinear", [q, scale, zero], f"{name}.dq", [kind], x.shape)
@@ -402,14 +408,3 @@ def base_of(value: ir.Value) -> ir.DataType:
 
 def numpy_of(kind: ir.DataType) -> Any:
     return kind.numpy()
-
-
-def stored_as(p: Placement) -> ir.DataType:
-    """The type of quantized activations. For ONNX Runtime uint8 around 128: the same numbers as int8 around 0, which it
-    turns into that on x86 anyway, by a pass that in 1.31 breaks graphs (a QuantizeLinear moved over a Transpose)."""
-    few = ir.DataType[p.format.onnx]
-    return ir.DataType.UINT8 if few == ir.DataType.INT8 and p.runtime == "onnxruntime" else few
-
-
-def zero_of(few: ir.DataType) -> Array:
-    return np.array(128 if few == ir.DataType.UINT8 else 0, few.numpy())

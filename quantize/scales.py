@@ -1,12 +1,13 @@
 """Numbers of few bits, in NumPy: quantize, dequantize, and the choice of a scale. What the graphs do is held to these.
 
-All is symmetric: `q = round(x / scale)` with ties to even, saturated, as QuantizeLinear defines it.
+`q = round(x / scale) + zero` with ties to even, saturated, as QuantizeLinear defines it. `zero` is 0 but for
+activations in uint8, whose range lies where the numbers are.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -19,23 +20,25 @@ BINS = 2048
 PERCENTILE = 99.99
 LEVELS = 128
 """Magnitudes that an int8 tensor can tell apart."""
+CANDIDATES = 128
 LEAST_SCALE = 2.0**-126
 """The smallest normal fp32 number: a tensor of zeros gets it, a scale of zero would divide by it."""
 
 
-def quantize(x: Array, scale: Array | float, fmt: Format) -> Array:
-    """`x` in units of `scale` (which broadcasts), as int8 (int4 in int8) or ml_dtypes' float8_e4m3fn."""
+def quantize(x: Array, scale: Array | float, fmt: Format, zero: int = 0) -> Array:
+    """`x` in units of `scale` (which broadcasts), as int8 (int4 in int8), uint8 or ml_dtypes' float8_e4m3fn."""
     units = np.asarray(x, np.float32) / np.asarray(scale, np.float32)
     if fmt.name == "e4m3":
         import ml_dtypes
 
-        return np.clip(units, -fmt.largest, fmt.largest).astype(ml_dtypes.float8_e4m3fn)
-    return np.clip(np.rint(units), -fmt.largest, fmt.largest).astype(np.int8)
+        return np.clip(units, fmt.least, fmt.largest).astype(ml_dtypes.float8_e4m3fn)
+    kind = np.int8 if fmt.least else np.uint8
+    return np.asarray(np.clip(np.rint(units) + zero, fmt.least, fmt.largest).astype(kind))
 
 
-def dequantize(q: Array, scale: Array | float) -> Array:
+def dequantize(q: Array, scale: Array | float, zero: int = 0) -> Array:
     """What the numbers `q` stand for, in fp32."""
-    return np.asarray(q.astype(np.float32) * np.asarray(scale, np.float32))
+    return np.asarray((q.astype(np.float32) - zero) * np.asarray(scale, np.float32))
 
 
 def scale_of(amax: Array | float, fmt: Format) -> Array:
@@ -61,37 +64,54 @@ def spread(scale: Array, shape: tuple[int, ...], axis: int, block: int = 0) -> A
     return scale.reshape([-1 if i == axis else 1 for i in range(len(shape))])
 
 
+class Grid(NamedTuple):
+    """What `q` stands for: `scale * (q - zero)`."""
+
+    scale: float
+    zero: int = 0
+
+
 @dataclass
 class Histogram:
-    """Magnitudes of a tensor over any number of samples, in constant memory.
+    """Numbers of a tensor over any number of samples, in constant memory: `counts` `[2, BINS]` are of magnitudes from
+    zero on, those of negative numbers in the second row; `low` and `high` the extremes, zero included.
 
     The bins have one width, which doubles (neighbours are merged) when a larger magnitude comes."""
 
-    counts: Array = field(default_factory=lambda: np.zeros(BINS, np.int64))
+    counts: Array = field(default_factory=lambda: np.zeros((2, BINS), np.int64))
     width: float = 0.0
-    largest: float = 0.0
+    low: float = 0.0
+    high: float = 0.0
 
     def add(self, x: Any) -> None:
-        """Counts the magnitudes of a torch tensor. Raises InputError for values that are not finite."""
+        """Counts the numbers of a torch tensor. Raises InputError for values that are not finite."""
         import torch
 
-        magnitude = x.detach().float().abs().reshape(-1)
-        if not magnitude.numel():
+        x = x.detach().float().reshape(-1)
+        if not x.numel():
             return
-        top = float(magnitude.max())
-        if not np.isfinite(top):
-            raise InputError("values that are not finite cannot be calibrated", got=top)
-        self.largest = max(self.largest, top)
+        low, high = (float(v) for v in torch.aminmax(x))
+        if not np.isfinite([low, high]).all():
+            raise InputError("values that are not finite cannot be calibrated", got=f"{low} to {high}")
+        self.low, self.high, top = min(self.low, low), max(self.high, high), max(-low, high)
         if top == 0.0:
-            self.counts[0] += magnitude.numel()
+            self.counts[0, 0] += x.numel()
             return
         if self.width == 0.0:  # so far nothing, or zeros, which stay in the first bin
             self.width = top * (1 + 1e-6) / BINS
         while top >= self.width * BINS:
-            self.counts = np.concatenate([self.counts.reshape(-1, 2).sum(1), np.zeros(BINS // 2, np.int64)])
+            self.counts = np.pad(self.counts.reshape(2, -1, 2).sum(2), ((0, 0), (0, BINS // 2)))
             self.width *= 2
-        found = torch.histc(magnitude, BINS, 0.0, self.width * BINS)
-        self.counts += found.to(torch.int64).numpy()
+        found = torch.histc(x, 2 * BINS, -self.width * BINS, self.width * BINS).to(torch.int64).numpy()
+        self.counts += np.stack([found[BINS:], found[:BINS][::-1]])
+
+    @property
+    def largest(self) -> float:
+        return max(-self.low, self.high)
+
+    @property
+    def magnitudes(self) -> Array:
+        return np.asarray(self.counts.sum(0))
 
     @property
     def centres(self) -> Array:
@@ -115,13 +135,52 @@ def amax_of(histogram: Histogram, method: str, fmt: Format) -> float:
     if method == "minmax" or fmt.name == "e4m3" or histogram.width == 0.0:
         return histogram.largest
     if method == "percentile":
-        last = int(np.searchsorted(np.cumsum(histogram.counts), total * PERCENTILE / 100))
+        last = int(np.searchsorted(np.cumsum(histogram.magnitudes), total * PERCENTILE / 100))
         return min(histogram.largest, (last + 1) * histogram.width)
-    used = int(np.flatnonzero(histogram.counts)[-1]) + 1
-    bins = np.unique(np.linspace(min(LEVELS, used), used, 128).round().astype(int))
+    used = used_bins(histogram.magnitudes)
+    bins = np.unique(np.linspace(min(LEVELS, used), used, CANDIDATES).round().astype(int))
     loss = squared_error if method == "mse" else divergence
     losses = [loss(histogram, int(n), fmt) for n in bins]
     return min(histogram.largest, float(bins[int(np.argmin(losses))] * histogram.width))
+
+
+def grid_of(histogram: Histogram, method: str, fmt: Format) -> Grid:
+    """An activation's grid: around zero for signed formats. Unsigned numbers lie where the tensor's are, zero among
+    them: what is hardly ever negative (the outputs of SiLU, GELU, ReLU) has twice as many for the rest.
+
+    Each side is cut off as `amax_of` does it with magnitudes; for mse both sides' candidates are tried in pairs.
+    """
+    most = amax_of(histogram, method, fmt)
+    if fmt.least:
+        return Grid(float(scale_of(most, fmt)))
+    above, below = least_squares(histogram, fmt) if method == "mse" and histogram.width else (most, most)
+    low, high = max(histogram.low, -below), min(histogram.high, above)
+    scale = np.float32(max((high - low) / fmt.largest, LEAST_SCALE))
+    return Grid(float(scale), int(np.clip(np.rint(-low / scale), 0, fmt.largest)))
+
+
+def least_squares(histogram: Histogram, fmt: Format) -> tuple[float, float]:
+    """The magnitudes above and below zero between which the format's steps have the least expected squared error: of
+    rounding inside (its mean is step^2 / 12), of saturation outside."""
+    x, inside, outside, ends = histogram.centres, [], [], []
+    for counts in histogram.counts.astype(np.float64):
+        used = used_bins(counts)
+        bins = np.unique(np.linspace(0, used, CANDIDATES).round().astype(int))
+        end = bins * histogram.width
+        sums = [np.concatenate([np.cumsum((counts * x**k)[::-1])[::-1], [0.0]])[bins] for k in range(3)]
+        inside.append(counts.sum() - sums[0])
+        outside.append(sums[2] - 2 * end * sums[1] + end**2 * sums[0])
+        ends.append(end)
+    step = np.add.outer(*ends) / fmt.largest
+    error = np.add.outer(*inside) * step**2 / 12 + np.add.outer(*outside)
+    i, j = np.unravel_index(int(np.argmin(error)), error.shape)
+    return float(ends[0][i]), float(ends[1][j])
+
+
+def used_bins(counts: Array) -> int:
+    """How many bins there are up to the last that has something in it."""
+    used = np.flatnonzero(counts)
+    return int(used[-1]) + 1 if used.size else 0
 
 
 def squared_error(histogram: Histogram, bins: int, fmt: Format) -> float:
@@ -132,12 +191,12 @@ def squared_error(histogram: Histogram, bins: int, fmt: Format) -> float:
     # a bin narrower than a step is spread over it: the mean of the squared rounding error is step^2 / 12
     inside = x <= bins * histogram.width
     error = np.where(inside, min(step, 1e30) ** 2 / 12, (x - got) ** 2)
-    return float((histogram.counts * error).sum())
+    return float((histogram.magnitudes * error).sum())
 
 
 def divergence(histogram: Histogram, bins: int, fmt: Format) -> float:
     """Kullback-Leibler divergence of the distribution cut at `bins` bins from the same in `LEVELS` levels."""
-    counts = histogram.counts.astype(np.float64)
+    counts = histogram.magnitudes.astype(np.float64)
     inside = counts[:bins]
     seen = inside.copy()
     seen[-1] += counts[bins:].sum()

@@ -14,18 +14,20 @@ RUNTIMES = ("onnxruntime", "tensorrt")
 
 @dataclass(frozen=True)
 class Format:
-    """Numbers of few bits: `largest` is what the largest magnitude is scaled to. All are symmetric, zero is exact."""
+    """Numbers of few bits, from `least` to `largest`. All are symmetric but the unsigned ones; zero is always exact."""
 
     name: str
     onnx: str
     bits: int
+    least: float
     largest: float
 
 
 FORMATS: Mapping[str, Format] = {
-    "int8": Format("int8", "INT8", 8, 127),
-    "int4": Format("int4", "INT4", 4, 7),
-    "e4m3": Format("e4m3", "FLOAT8E4M3FN", 8, 448),
+    "int8": Format("int8", "INT8", 8, -127, 127),
+    "uint8": Format("uint8", "UINT8", 8, 0, 255),
+    "int4": Format("int4", "INT4", 4, -7, 7),
+    "e4m3": Format("e4m3", "FLOAT8E4M3FN", 8, -448, 448),
 }
 
 

@@ -21,7 +21,7 @@ import torch
 
 from .place import Placement, quantizes_output
 from .running import GraphSession
-from .scales import quantize, spread, weight_scale
+from .scales import dequantize, quantize, spread, weight_scale
 from .sites import Site
 
 
@@ -117,10 +117,11 @@ def error_maker(node: ir.Node, s: Site, p: Placement) -> Callable[[Any, Any], tu
     fmt, block = p.format, p.scheme.block if s.kind == "linear" else 0
     attributes = {k: v.value for k, v in node.attributes.items()}
     transposed = s.kind == "linear" and s.axis == 0
+    bias = bias_of(node) if quantizes_output(p, s) else torch.zeros(())
 
     def few(x: torch.Tensor, name: str) -> torch.Tensor:
-        scale = p.scale(name)
-        return torch.from_numpy(quantize(x.numpy(), scale, fmt).astype(np.float32)) * scale
+        scale, zero = p.grid(name)
+        return torch.from_numpy(dequantize(quantize(x.numpy(), scale, p.activations, zero), scale, zero))
 
     def make(x: torch.Tensor, weight: Any) -> tuple[torch.Tensor, float]:
         w = np.ascontiguousarray(weight.T) if transposed else weight
@@ -128,7 +129,7 @@ def error_maker(node: ir.Node, s: Site, p: Placement) -> Callable[[Any, Any], tu
         divisor = (p.smoothing or {}).get(s.activation) if s.kind == "linear" else None
         smooth = w * divisor.divisor[:, None] if divisor else w
         scale = spread(weight_scale(smooth, fmt, axis, block), smooth.shape, axis, block)
-        rounded = quantize(smooth, scale, fmt).astype(np.float32) * scale
+        rounded = dequantize(quantize(smooth, scale, fmt), scale)
         x = x.float()
         seen = x / torch.from_numpy(divisor.divisor) if divisor else x
         if p.scheme.activations == "static":
@@ -137,10 +138,17 @@ def error_maker(node: ir.Node, s: Site, p: Placement) -> Callable[[Any, Any], tu
             seen = dynamic(seen)
         exact, got = (product(s.kind, a, torch.from_numpy(b), attributes) for a, b in ((x, w), (seen, rounded)))
         if quantizes_output(p, s):
-            got = few(got, s.output)
+            got = few(got + bias, s.output) - bias
         return got - exact, exact.numel() * float(np.prod(w.shape) / w.shape[axis]) / 1e6
 
     return make
+
+
+def bias_of(node: ir.Node) -> torch.Tensor:
+    """A convolution's constant bias, as it is added to the output; else zero."""
+    value = node.inputs[2] if len(node.inputs) > 2 else None
+    tensor = value.const_value if value is not None else None
+    return torch.zeros(()) if tensor is None else torch.tensor(tensor.numpy()).float().reshape(-1, 1, 1)
 
 
 def product(kind: str, x: torch.Tensor, w: torch.Tensor, attributes: Mapping[str, Any]) -> torch.Tensor:
@@ -207,7 +215,7 @@ def digest_of(p: Placement, sites: Sequence[Site], feeds: Sequence[Mapping[str, 
     """Names all that the figures depend on: scheme, runtime, method, scales, feeds."""
     hasher = hashlib.sha256(json.dumps([p.scheme.name, p.runtime, p.method, bool(p.smoothing)]).encode())
     for name in p.taps():
-        hasher.update(f"{name}={p.scale(name):.9g}".encode())
+        hasher.update(f"{name}={p.grid(name)}".encode())
     for s in sites:
         hasher.update(s.name.encode())
     for feed in feeds:

@@ -21,7 +21,7 @@ from optimize.compile.records import Receipt
 from optimize.errors import GateError, InputError
 from optimize.quantize import calibrate as calibrating
 from optimize.quantize import place, sensitivity
-from optimize.quantize.scales import Histogram
+from optimize.quantize.scales import Grid, Histogram
 from optimize.tools.cli import main
 
 COMPONENT = "text_encoder"
@@ -252,7 +252,7 @@ def test_a_layer_whose_qdq_is_dropped_is_named(bundle: Path, monkeypatch: pytest
 
 
 def test_scales_of_zero_are_refused(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(place.Placement, "scale", lambda *_: 0.0)
+    monkeypatch.setattr(place.Placement, "grid", lambda *_: Grid(0.0))
     with pytest.raises(GateError):
         optimize.quantize(bundle, **SMALL)
 

@@ -18,6 +18,7 @@ from optimize.quantize.scales import (
     Histogram,
     amax_of,
     dequantize,
+    grid_of,
     quantize,
     scale_of,
     spread,
@@ -26,7 +27,7 @@ from optimize.quantize.scales import (
 )
 from optimize.quantize.schemes import FORMATS, METHODS
 
-INT8, INT4, E4M3 = FORMATS["int8"], FORMATS["int4"], FORMATS["e4m3"]
+INT8, UINT8, INT4, E4M3 = FORMATS["int8"], FORMATS["uint8"], FORMATS["int4"], FORMATS["e4m3"]
 floats = st.floats(-1e4, 1e4, width=32, allow_nan=False)
 tensors = arrays.arrays(np.float32, arrays.array_shapes(max_dims=3, max_side=7), elements=floats)
 
@@ -54,10 +55,13 @@ def test_floats_of_eight_bits_keep_three_bits_of_each_number(x) -> None:
     assert np.all(np.abs(got - x)[normal] <= np.abs(x)[normal] * 2**-4 * 1.0001)
 
 
-@pytest.mark.parametrize(("kind", "fmt"), [(TensorProto.INT8, INT8), (TensorProto.FLOAT8E4M3FN, E4M3)])
+@pytest.mark.parametrize(
+    ("kind", "fmt", "zero"),
+    [(TensorProto.INT8, INT8, 0), (TensorProto.FLOAT8E4M3FN, E4M3, 0), (TensorProto.UINT8, UINT8, 7)],
+)
 @settings(max_examples=25, deadline=None)
 @given(x=arrays.arrays(np.float32, 63, elements=floats), amax=st.floats(0.1, 1e4))
-def test_onnx_runtime_agrees(kind, fmt, x, amax) -> None:
+def test_onnx_runtime_agrees(kind, fmt, zero, x, amax) -> None:
     """QuantizeLinear goes down to -128, our weights and references to -127: the same but for that one number."""
     scale = scale_of(amax, fmt)
     nodes = [
@@ -66,7 +70,7 @@ def test_onnx_runtime_agrees(kind, fmt, x, amax) -> None:
     ]
     initializers = [
         helper.make_tensor("s", TensorProto.FLOAT, [], [float(scale)]),
-        helper.make_tensor("z", kind, [], [0]),
+        helper.make_tensor("z", kind, [], [zero]),
     ]
     values = [helper.make_tensor_value_info(n, TensorProto.FLOAT, [63]) for n in "xy"]
     graph = helper.make_graph(nodes, "g", values[:1], values[1:], initializers)
@@ -75,7 +79,7 @@ def test_onnx_runtime_agrees(kind, fmt, x, amax) -> None:
     options.add_session_config_entry("session.disable_quant_qdq", "1")
     session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     (got,) = session.run(None, {"x": x})
-    ours = dequantize(quantize(x, scale, fmt), scale)
+    ours = dequantize(quantize(x, scale, fmt, zero), scale, zero)
     below = np.isclose(got, -128 * scale) if fmt is INT8 else np.zeros(63, bool)
     assert np.allclose(got[~below], ours[~below], rtol=1e-5, atol=1e-5)
 
@@ -115,6 +119,9 @@ def test_a_histogram_counts_every_number_whatever_the_order(parts) -> None:
         other.add(torch.from_numpy(part))
     assert one.counts.sum() == other.counts.sum() == sum(p.size for p in parts)
     assert one.largest == other.largest == max(np.abs(p).max() for p in parts)
+    whole = np.concatenate(parts)
+    assert (one.low, one.high) == (min(whole.min(), 0), max(whole.max(), 0))
+    assert (whole < -one.width).sum() <= one.counts[1].sum() <= (whole < 0).sum()
     assert one.width == 0 or one.width * BINS > one.largest
 
 
@@ -159,6 +166,51 @@ def test_mse_is_the_least_squared_error_of_all_candidates() -> None:
     best = min(error(a) for a in np.linspace(1, float(x.abs().max()), 200))
     assert error(found) <= 1.05 * best
     assert squared_error(histogram, BINS, INT8) > 0
+
+
+@given(tensors, st.sampled_from(METHODS))
+def test_a_grid_of_unsigned_numbers_has_zero_and_lies_where_the_numbers_are(x, method) -> None:
+    histogram = Histogram()
+    histogram.add(torch.from_numpy(x))
+    scale, zero = grid_of(histogram, method, UINT8)
+    assert scale > 0 and 0 <= zero <= 255
+    assert not dequantize(quantize(np.zeros(7), scale, UINT8, zero), scale, zero).any()
+    low, high = (0 - zero) * scale, (255 - zero) * scale
+    if histogram.largest > 1e-30:
+        assert low >= histogram.low - 0.51 * scale and high <= histogram.high + 0.51 * scale
+    if method == "minmax":
+        got = dequantize(quantize(x, scale, UINT8, zero), scale, zero)
+        assert np.abs(got - x).max() <= scale * 1.001
+
+
+@pytest.mark.parametrize(("method", "share"), [("minmax", 0.35), ("percentile", 0.6), ("mse", 0.35), ("entropy", 0.9)])
+def test_what_is_hardly_negative_has_twice_as_many_numbers(method: str, share: float) -> None:
+    """SiLU of a bell: the squared error over that of the same method around zero. What saturates is the same."""
+    rng = torch.Generator().manual_seed(0)
+    histogram, x = Histogram(), torch.nn.functional.silu(torch.randn(77_777, generator=rng))
+    histogram.add(x)
+    errors = []
+    for fmt in (UINT8, INT8):
+        scale, zero = grid_of(histogram, method, fmt)
+        errors.append(float(((dequantize(quantize(x.numpy(), scale, fmt, zero), scale, zero) - x.numpy()) ** 2).sum()))
+    assert errors[0] < share * errors[1]
+
+
+def test_mse_finds_the_best_pair_of_sides() -> None:
+    """Against brute force over pairs, on the numbers themselves: one side has a tail, the other has not."""
+    rng = torch.Generator().manual_seed(2)
+    x = torch.cat([torch.rand(50_000, generator=rng), -3 * torch.rand(63, generator=rng), 7 + torch.zeros(1)]).numpy()
+    histogram = Histogram()
+    histogram.add(torch.from_numpy(x))
+
+    def error(low: float, high: float) -> float:
+        scale = (high - low) / 255
+        zero = round(-low / scale)
+        return float(((dequantize(quantize(x, scale, UINT8, zero), scale, zero) - x) ** 2).sum())
+
+    scale, zero = grid_of(histogram, "mse", UINT8)
+    pairs = [(-low, high) for low in np.linspace(0, 3, 31) for high in np.linspace(0.5, 7, 66)]
+    assert error(-zero * scale, (255 - zero) * scale) <= 1.05 * min(error(*pair) for pair in pairs)
 
 
 def test_unknown_methods_and_empty_histograms_are_refused() -> None:
