@@ -343,6 +343,23 @@ NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextlib.contextmanager
+def scratch(folder: Path, prefix: str) -> Iterator[Path]:
+    """A new folder in `folder` for what is thrown away again: tensors are large, and /tmp may be memory. What killed
+    processes left goes, too."""
+    import tempfile
+
+    import psutil
+
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        for left in folder.glob(f"{prefix}*"):
+            if not psutil.pid_exists(int(left.name.removeprefix(prefix).partition("-")[0])):
+                shutil.rmtree(left, ignore_errors=True)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=f"{prefix}{os.getpid()}-") as made:
+            yield Path(made)
+
+
+@contextlib.contextmanager
 def disk_errors(root: Path) -> Iterator[None]:
     """Turns the system's answers about the output folder into ours; what it says of other files passes through."""
     try:

@@ -270,11 +270,13 @@ def row_of_part(rows: Iterable[Row], time: PipelineTime, part: PipelinePart) -> 
 
 
 def image_row(time: PipelineTime, parts: Sequence[tuple[PipelinePart, Row]]) -> Row:
+    from .judging import badness
+
     words = time.variant.split(" ", 1)
     first = parts[0][1]
     sure = all(row.state == "measured" for _, row in parts)
     judged = [row for _, row in parts if row.quality is not None]
-    worst = min(judged, key=lambda r: r.quality.cosine if r.quality else 1.0, default=first)
+    worst = min(judged, key=lambda r: badness(r.quality), default=first)
     return first.model_copy(
         update={
             "component": IMAGE,

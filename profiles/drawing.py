@@ -20,6 +20,7 @@ from optimize.compile.runners import Runner
 from optimize.compile.spec import Component
 from optimize.compile.streaming import set_tensor
 from optimize.errors import InputError
+from optimize.quantize.fit import check_axes, sizes_of, split_batch
 from optimize.quantize.recording import arguments_of, feeds_from_call, modules_of
 
 DENOISERS = ("unet", "dit")
@@ -137,8 +138,12 @@ def stand_in(component: Component, runner: Runner, method: str, device: str = "c
         return answer({component.inputs[0].name: z}, {"return_dict": return_dict})
 
     def answer(feeds: Mapping[str, torch.Tensor], values: Mapping[str, Any]) -> Any:
-        outputs = runner.infer(feeds)
-        return RESULTS[component.role]({n: t.float() for n, t in outputs.items()}, values)
+        """In parts, where the artifact takes fewer rows at once than the pipeline gives it."""
+        parts = []
+        for _, rows in split_batch(component.inputs, component.axes, feeds):
+            check_axes(sizes_of(component.inputs, {n: t.shape for n, t in rows.items()}), component.axes)
+            parts.append(dict(runner.infer(rows)))
+        return RESULTS[component.role]({n: torch.cat([p[n] for p in parts]).float() for n in parts[0]}, values)
 
     module.__dict__[method] = {"forward": forward, "decode": decode}[method]
     return module.to_empty(device="cpu") if device == "cpu" else hollow(module, device)

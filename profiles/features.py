@@ -31,11 +31,14 @@ def network_from_text(text: str) -> torch.nn.Module:
     sys.path.insert(0, str(Path.cwd()))  # as `python -m` would
     try:
         factory = getattr(importlib.import_module(module), name) if name else None
+        made = factory() if callable(factory) else factory
     except (ImportError, AttributeError, ValueError) as e:
         raise InputError("--features names nothing that is there", got=f"{text}: {e}", expected=HOW) from e
+    except Exception as e:  # the user's own code raises whatever it does
+        why = f"{text}: {type(e).__name__}: {e}"
+        raise InputError("--features failed", got=why, expected=HOW, mend="run the factory by itself") from e
     finally:
         sys.path.pop(0)
-    made = factory() if callable(factory) else factory
     if not isinstance(made, torch.nn.Module):
         raise InputError("--features gives no torch module", got=f"{text}: {type(made).__name__}", expected=HOW)
     return made.eval()
@@ -57,7 +60,7 @@ class TransformersFeatures(torch.nn.Module):
             kind = AutoModelForImageClassification if labelled else AutoModel
             self.model = kind.from_pretrained(str(folder), local_files_only=True, use_safetensors=True).eval()
             self.processor = AutoImageProcessor.from_pretrained(str(folder), local_files_only=True)
-        except (OSError, ValueError, ImportError) as e:
+        except Exception as e:  # transformers and safetensors raise whatever their parts do
             raise InputError("--features cannot be read", got=f"{folder}: {e}", expected=HOW) from e
         self.folder, self.labelled, self.is_clip = folder, labelled, config.model_type == "clip"
 

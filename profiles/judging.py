@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from statistics import fmean
 
 import torch
 
@@ -12,6 +11,7 @@ from optimize.compile.spec import PRECISIONS, TensorSpec
 from optimize.quantize.measures import cosine, psnr, snr
 
 from .parity import FP32_LIMIT, ROUNDING, distance
+from .quality import mean, worst
 from .schema import RowParity, RowQuality
 
 Tensors = Mapping[str, torch.Tensor]
@@ -79,13 +79,18 @@ def quality_of_row(pairs: Sequence[tuple[Tensors, Tensors]], data: str) -> RowQu
     rows = [
         RowQuality(
             output=name,
-            cosine=fmean(c for c, _, _ in each),
-            lowest=min(c for c, _, _ in each),
-            snr_db=fmean(min(s, MOST_DB) for _, s, _ in each),
-            psnr_db=fmean(min(p, MOST_DB) for _, _, p in each),
+            cosine=mean([c for c, _, _ in each]),
+            lowest=worst(c for c, _, _ in each),
+            snr_db=min(mean([s for _, s, _ in each]), MOST_DB),
+            psnr_db=min(mean([p for _, _, p in each]), MOST_DB),
             samples=len(each),
             data=data,
         )
         for name, each in figures.items()
     ]
-    return min(rows, key=lambda r: r.cosine, default=None)
+    return min(rows, key=badness, default=None)
+
+
+def badness(row: RowQuality | None) -> tuple[bool, float]:
+    """What the worst of several has least of: NaN first, and what was not judged last."""
+    return (True, math.inf) if row is None else (not math.isnan(row.cosine), row.cosine)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +22,7 @@ from optimize.errors import InputError
 
 from .running import GraphSession
 from .scales import Array, Histogram
+from .sets import write_whole
 
 SAVE_EVERY = 8
 
@@ -37,15 +37,13 @@ class Samples(Protocol):
 
 @dataclass
 class Seen:
-    """What a value looked like: its numbers, the largest magnitude per channel of its last axis, its most rows."""
+    """What a value looked like: its numbers, and the largest magnitude per channel of its last axis."""
 
     histogram: Histogram = field(default_factory=Histogram)
     channels: Array | None = None
-    rows: int = 0
 
     def add(self, x: Any, by_channel: bool) -> None:
         self.histogram.add(x)
-        self.rows = max(self.rows, x.numel() // max(1, x.shape[-1]) if x.dim() else 1)
         if by_channel and x.dim():
             found = x.float().abs().reshape(-1, x.shape[-1]).amax(0).numpy()
             self.channels = found if self.channels is None else np.maximum(self.channels, found)
@@ -68,16 +66,17 @@ def calibrate(
     *,
     by_channel: frozenset[str] = frozenset(),
     divided: Mapping[str, Array] = {},
+    graph: str = "",
     cache: Path | None = None,
     say: Callable[[str], None] = lambda _: None,
 ) -> Calibration:
     """Runs all samples and gives what each tapped value looked like.
 
     `by_channel` are values whose largest magnitude is kept per channel too; a value in `divided` is divided by that
-    vector first (SmoothQuant moves the vector into the layer before). `cache` is a file to go on from and to write.
+    vector first (SmoothQuant moves the vector into the layer before). `cache` is a file to go on from and to write,
+    where it is of the same samples and of `graph`, which names the model and its weights.
 
-    Raises InputError where there is nothing to calibrate with, where values are not finite, and where every sample
-    is the same.
+    Raises InputError where there is nothing to calibrate with, and where values are not finite.
     """
     total = len(samples)
     if not total:
@@ -86,7 +85,13 @@ def calibrate(
         )
     digest = samples.digest()
     divisors = {name: hashlib.sha256(vector.tobytes()).hexdigest()[:16] for name, vector in sorted(divided.items())}
-    key = {"samples": digest, "taps": sorted(taps), "by_channel": sorted(by_channel), "divided": divisors}
+    key = {
+        "graph": graph,
+        "samples": digest,
+        "taps": sorted(taps),
+        "by_channel": sorted(by_channel),
+        "divided": divisors,
+    }
     done, seen = read_cache(cache, key)
     taps = list(dict.fromkeys(taps))
     if done < total:
@@ -120,15 +125,17 @@ def write_cache(path: Path, key: Mapping[str, Any], done: int, seen: Mapping[str
     names = sorted(seen)
     arrays: dict[str, Array] = {
         "counts": np.stack([seen[n].histogram.counts for n in names]),
-        "figures": np.array([[(h := seen[n].histogram).width, h.low, h.high, seen[n].rows] for n in names]),
+        "figures": np.array([[(h := seen[n].histogram).width, h.low, h.high, h.zeros] for n in names]),
         "about": np.array(json.dumps({"key": key, "done": done, "names": names})),
     }
     arrays |= {f"channels/{n}": c for n in names if (c := seen[n].channels) is not None}
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    with partial.open("wb") as file:
-        np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
-    partial.replace(path)
+
+    def write(partial: Path) -> None:
+        with partial.open("wb") as file:
+            np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
+
+    write_whole(path, write)
 
 
 def read_cache(path: Path | None, key: Mapping[str, Any]) -> tuple[int, dict[str, Seen]]:
@@ -142,9 +149,9 @@ def read_cache(path: Path | None, key: Mapping[str, Any]) -> tuple[int, dict[str
                 return 0, {}
             seen = {}
             for i, name in enumerate(about["names"]):
-                width, low, high, rows = (float(v) for v in file["figures"][i])
+                width, low, high, zeros = (float(v) for v in file["figures"][i])
                 channels = file[f"channels/{name}"] if f"channels/{name}" in file.files else None
-                seen[name] = Seen(Histogram(file["counts"][i], width, low, high), channels, int(rows))
+                seen[name] = Seen(Histogram(file["counts"][i], width, low, high, int(zeros)), channels)
             return int(about["done"]), seen
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return 0, {}  # a cache that cannot be read is no cache

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from optimize.compile.digests import digest_of_file
 from optimize.compile.sources import Source
@@ -21,7 +22,7 @@ from optimize.errors import InputError
 
 from . import language, pipelines, synthetic
 from .fit import check_feeds
-from .recording import counted, site_of_component
+from .recording import check_new, counted, site_of_component
 from .sets import (
     ABOUT,
     CalibrationSet,
@@ -186,7 +187,15 @@ def record_source(
     with ExitStack() as stack:
         writers = {}
         for c in components:
-            key = {**key_of(c, source, way), "samples": samples, "seed": seed, "prompts": list(prompts)}
+            beside = sorted(other.name for other in components)  # decides the runs, and each one's samples
+            key = {
+                **key_of(c, source, way),
+                "samples": samples,
+                "seed": seed,
+                "prompts": list(prompts),
+                "beside": beside,
+            }
+            check_same(folder / c.name, {"component": c.name, **key})
             writer = SetWriter(folder / c.name, c.name, key, total=samples, seed=seed)
             writers[c.name] = stack.enter_context(writer)
         left_out = {}
@@ -195,6 +204,13 @@ def record_source(
     made = {name: read_set(folder / name, name) for name, w in writers.items() if w.notes}
     never = {name: left_out.get(name, "it was never called") for name in writers if name not in made}
     return made, never
+
+
+def check_same(folder: Path, key: Mapping[str, Any]) -> None:
+    """Raises InputError for a folder with a finished set of another making, which nobody asked to replace."""
+    about = read_about(folder)
+    if about is not None and about["key"] != json.loads(json.dumps(key)):
+        check_new(folder)
 
 
 def key_of(component: Component, source: Source, way: Way) -> dict[str, str]:

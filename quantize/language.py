@@ -14,7 +14,7 @@ from optimize.errors import InputError
 
 from .sets import SetWriter
 from .synthetic import eager, within
-from .texts import SENTENCES
+from .texts import SENTENCES, share_of
 
 Words = Callable[[int, int], torch.Tensor]
 """`words(text, n)`: the first n token ids of that text."""
@@ -50,18 +50,19 @@ def tokenizer_of(folder: Path) -> Any:
 
 
 def shuffled(seed: int, turn: int) -> list[str]:
-    """All sentences in another order each turn."""
-    rng = torch.Generator().manual_seed(seed * 1_000_003 + turn)
-    return [SENTENCES[i] for i in torch.randperm(len(SENTENCES), generator=rng).tolist()]
+    """The sentences of a seed's share in another order each turn."""
+    rng, texts = torch.Generator().manual_seed(seed * 1_000_003 + turn), share_of(SENTENCES, seed)
+    return [texts[i] for i in torch.randperm(len(texts), generator=rng).tolist()]
 
 
 def sentences(writer: SetWriter, component: Component, folder: Path, seed: int) -> None:
     """An encoder's ids, masks and types: a few sentences a sample, padded to different lengths."""
     tokenizer = tokenizer_of(folder)
     rows = within(component.axes["batch"], ROWS)
-    turns = len(SENTENCES) // rows or 1
+    count = len(share_of(SENTENCES, seed))
+    turns = count // rows or 1
     for i in range(len(writer.notes), writer.total or 0):
-        texts = (shuffled(seed, i // turns) * (1 + rows // len(SENTENCES)))[i % turns * rows :][:rows]
+        texts = (shuffled(seed, i // turns) * (1 + rows // count))[i % turns * rows :][:rows]
         feeds = encoded(tokenizer, texts, component, LENGTHS[i % len(LENGTHS)])
         writer.add(feeds, {"text": texts[0], "tokens": feeds["input_ids"].shape[1]})
 

@@ -20,7 +20,7 @@ from optimize.errors import InputError
 from .recording import DENOISERS, Recorder, Site, modules_of, sites_of_pipeline
 from .sets import SetWriter
 from .synthetic import SMALL, spread
-from .texts import DIGITS, PROMPTS
+from .texts import DIGITS, PROMPTS, share_of
 
 Say = Callable[[str], None]
 INDEX = "model_index.json"
@@ -47,9 +47,9 @@ class Plan:
 
     @staticmethod
     def for_source(source: Source, seed: int, prompts: Sequence[str] = ()) -> Plan:
-        """The user's prompts in their order; else the demo's own or general ones, shuffled by the seed."""
+        """The user's prompts in their order; else the seed's share of the demo's own or general ones, shuffled."""
         demo = source.folder is not None and source.folder.resolve() == demo_folder().resolve()
-        known = DIGITS if demo else PROMPTS
+        known = share_of(DIGITS if demo else PROMPTS, seed)
         order = torch.randperm(len(known), generator=torch.Generator().manual_seed(seed)).tolist()
         return Plan(tuple(prompts) or tuple(known[i] for i in order), {"guidance_scale": 3.0} if demo else {})
 

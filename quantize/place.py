@@ -19,7 +19,7 @@ from optimize.compile.onnx_model import drop_unused_initializers
 from optimize.errors import InputError
 
 from .calibrate import Calibration
-from .scales import Array, Grid, grid_of, quantize, spread, weight_scale
+from .scales import Array, Grid, grid_of, held, quantize, spread, weight_scale
 from .schemes import FORMATS, Format, Scheme
 from .sites import Site, initializer
 from .smooth import Smoothing
@@ -49,6 +49,14 @@ class Placement:
     def chosen(self) -> list[Site]:
         return [s for s in self.sites if not s.stays]
 
+    def block(self, s: Site) -> int:
+        """How many of a site's weights along the reduction share a scale; 0: all of a channel."""
+        return self.scheme.block if s.kind == "linear" else 0
+
+    def axis(self, s: Site) -> int:
+        """The weight's axis of output channels. Linear ones are `[in, out]` once a Gemm has become a MatMul."""
+        return 1 if s.kind == "linear" else 0
+
     def taps(self) -> list[str]:
         """The values whose ranges this needs."""
         if self.scheme.activations != "static":
@@ -66,6 +74,28 @@ class Placement:
 
 def quantizes_output(p: Placement, s: Site) -> bool:
     return p.scheme.activations == "static" and p.runtime == "onnxruntime" and s.kind == "conv"
+
+
+INT32 = 2.0**30
+
+
+def scales_of(p: Placement, s: Site, node: ir.Node, weight: Array) -> Array:
+    """The scales of a site's weight (smoothed, turned as it will lie), as the file's type holds them.
+
+    ONNX Runtime keeps a convolution's bias as an int32 in units of the input's scale times these: in a channel of
+    (nearly) no weight they are made large enough for that, else the bias would be lost."""
+    scale, value = weight_scale(weight, p.format, p.axis(s), p.block(s)), node.inputs[1]
+    if quantizes_output(p, s):
+        scale = np.maximum(scale, np.abs(bias_of(node)) / np.float32(p.grid(s.activation).scale * INT32))
+    assert value is not None
+    return held(scale, base_of(value).numpy())
+
+
+def bias_of(node: ir.Node) -> Array:
+    """The constant bias of a convolution in fp32, one number per channel; zero where there is none."""
+    value = node.inputs[2] if len(node.inputs) > 2 else None
+    tensor = value.const_value if value is not None else None
+    return np.zeros(1, np.float32) if tensor is None else np.asarray(tensor.numpy(), np.float32)
 
 
 def smoothed_in(p: Placement) -> dict[str, Smoothing]:
@@ -184,7 +214,7 @@ class Builder:
     def pair(self, x: ir.Value, seen: str, name: str, anchor: ir.Node, before: bool) -> ir.Value:
         """Q and DQ of a value that was calibrated as `seen`, with a static scale and zero point."""
         kind, few, grid = base_of(x), ir.DataType[self.p.activations.onnx], self.p.grid(seen)
-        scale = self.constant(f"{name}.scale", np.array(grid.scale, numpy_of(kind)))
+        scale = self.constant(f"{name}.scale", held(np.array(grid.scale), kind.numpy()).astype(kind.numpy()))
         zero = self.constant(f"{name}.zero", np.array(grid.zero, few.numpy()), few)
         (q,) = self.make("QuantizeLinear", [x, scale, zero], f"{name}.q", [few], x.shape)
         nodes = [self.made]
@@ -223,20 +253,20 @@ class Builder:
             self.graph.outputs[index] = dq
 
     def weight(self, node: ir.Node, s: Site) -> ir.Value:
-        """The dequantized weight; a weight that several nodes read is made once where all smooth it alike."""
-        numbers, scale, shape = self.numbers(s)
+        """The dequantized weight; for TensorRT one that several nodes read alike is made once."""
+        numbers, scale, shape = self.numbers(node, s)
         value = node.inputs[1]
         assert value is not None
         kind = base_of(value)
         few = ir.DataType[self.p.format.onnx]
-        axis, block = (0, self.p.scheme.block) if self.block(s) else (self.axis(s), 0)
-        key = f"{s.weight}|{s.activation if self.smoothed(s) is not None else ''}"
+        block = self.p.block(s)
+        key = f"{s.weight}|{s.axis}|{s.activation if self.smoothed(s) is not None else ''}"
         if key in self.shared and self.p.runtime == "tensorrt":
             return self.shared[key]
         name = self.fresh(s.weight)
         q = self.register(f"{name}.{self.p.format.name}", QuantizedWeight(name, few, shape, numbers))
-        scales = self.constant(f"{name}.scale", scale.astype(numpy_of(kind)))
-        attrs = {"axis": axis, **({"block_size": block} if block else {})}
+        scales = self.constant(f"{name}.scale", scale.astype(kind.numpy()))
+        attrs = {"axis": 0, "block_size": block} if block else {"axis": self.p.axis(s)}
         (dq,) = self.make("DequantizeLinear", [q, scales], f"{name}.dq", [kind], ir.Shape(list(shape)), **attrs)
         self.graph.insert_before(node, self.made)
         self.shared[key] = dq
@@ -245,28 +275,20 @@ class Builder:
     def fresh(self, name: str) -> str:
         names, i = self.graph.initializers, 1
         wanted = name
-        while f"{wanted}.scale" in names:
+        while {f"{wanted}.scale", f"{wanted}.smoothed"} & set(names):
             i += 1
             wanted = f"{name}.{i}"
         return wanted
-
-    def axis(self, s: Site) -> int:
-        """Linear weights are `[in, out]` once a Gemm has become a MatMul."""
-        return 1 if s.kind == "linear" else 0
-
-    def block(self, s: Site) -> bool:
-        return bool(self.p.scheme.block) and s.kind == "linear"
 
     def smoothed(self, s: Site) -> Array | None:
         found = self.smoothing.get(s.activation)
         return None if found is None or s.kind != "linear" else found.divisor
 
-    def numbers(self, s: Site) -> tuple[Callable[[], Array], Array, tuple[int, ...]]:
+    def numbers(self, node: ir.Node, s: Site) -> tuple[Callable[[], Array], Array, tuple[int, ...]]:
         """(what makes the numbers, their scales, their shape) of a site's weight."""
         tensor = self.graph.initializers[s.weight].const_value
         assert tensor is not None
-        divisor, fmt, axis = self.smoothed(s), self.p.format, self.axis(s)
-        block = self.p.scheme.block if self.block(s) else 0
+        divisor, fmt, axis, block = self.smoothed(s), self.p.format, self.p.axis(s), self.p.block(s)
 
         def floats() -> Array:
             array = np.asarray(tensor.numpy(), np.float32)
@@ -274,8 +296,7 @@ class Builder:
             return array * divisor[:, None] if divisor is not None else array
 
         whole = floats()
-        scale = weight_scale(whole, fmt, axis, block)
-        shape = whole.shape
+        scale, shape = scales_of(self.p, s, node, whole), whole.shape
 
         def make() -> Array:
             return quantize(floats(), spread(scale, shape, axis, block), fmt)
@@ -378,7 +399,7 @@ class Builder:
 
     def dynamic(self, node: ir.Node, s: Site) -> None:
         """The pattern that ONNX Runtime runs as one DynamicQuantizeMatMul: scale and zero point of x at run time."""
-        make, scale, shape = self.numbers(s)
+        make, scale, shape = self.numbers(node, s)
         x, out = node.inputs[0], node.outputs[0]
         assert x is not None
         name, few, fp32 = self.fresh(s.weight), ir.DataType.INT8, ir.DataType.FLOAT
@@ -404,7 +425,3 @@ class Builder:
 
 def base_of(value: ir.Value) -> ir.DataType:
     return value.dtype or ir.DataType.FLOAT
-
-
-def numpy_of(kind: ir.DataType) -> Any:
-    return kind.numpy()

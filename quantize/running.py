@@ -54,7 +54,7 @@ class GraphSession:
     def run(self, feeds: Feeds, names: Sequence[str] | None = None, extra: Mapping[str, Any] = {}) -> dict[str, Any]:
         """Values by name, torch tensors. `extra` overrides initializers that are inputs too."""
         arrays: dict[str, Any] = {n: feeds[n].numpy().astype(kind, copy=False) for n, kind in self.kinds.items()}
-        arrays |= {n: np.asarray(v) for n, v in extra.items()}
+        arrays |= {n: np.asarray(v).astype(self.optional[n], copy=False) for n, v in extra.items()}
         wanted = list(names) if names is not None else [o.name for o in self.session.get_outputs()]
         found = self.session.run(wanted, arrays)
         return {n: torch.from_numpy(np.asarray(v)) for n, v in zip(wanted, found, strict=True)}

@@ -57,6 +57,11 @@ def weight_scale(weight: Array, fmt: Format, axis: int, block: int = 0) -> Array
     return scale_of(magnitude.max(tuple(i for i in range(weight.ndim) if i != axis)), fmt)
 
 
+def held(scale: Array, kind: Any) -> Array:
+    """Scales in fp32 as the floats of `kind` have them, rounded; never zero, which would divide."""
+    return np.asarray(np.maximum(scale.astype(kind), np.finfo(kind).smallest_subnormal), np.float32)
+
+
 def spread(scale: Array, shape: tuple[int, ...], axis: int, block: int = 0) -> Array:
     """Scales in a form that broadcasts against a weight of `shape`."""
     if block:
@@ -74,7 +79,8 @@ class Grid(NamedTuple):
 @dataclass
 class Histogram:
     """Numbers of a tensor over any number of samples, in constant memory: `counts` `[2, BINS]` are of magnitudes from
-    zero on, those of negative numbers in the second row; `low` and `high` the extremes, zero included.
+    zero on, those of negative numbers in the second row; `low` and `high` the extremes, zero included; `zeros` those
+    that are exactly zero.
 
     The bins have one width, which doubles (neighbours are merged) when a larger magnitude comes."""
 
@@ -82,6 +88,7 @@ class Histogram:
     width: float = 0.0
     low: float = 0.0
     high: float = 0.0
+    zeros: int = 0
 
     def add(self, x: Any) -> None:
         """Counts the numbers of a torch tensor. Raises InputError for values that are not finite."""
@@ -93,6 +100,7 @@ class Histogram:
         low, high = (float(v) for v in torch.aminmax(x))
         if not np.isfinite([low, high]).all():
             raise InputError("values that are not finite cannot be calibrated", got=f"{low} to {high}")
+        self.zeros += x.numel() - int(torch.count_nonzero(x))
         self.low, self.high, top = min(self.low, low), max(self.high, high), max(-low, high)
         if top == 0.0:
             self.counts[0, 0] += x.numel()
@@ -132,7 +140,7 @@ def amax_of(histogram: Histogram, method: str, fmt: Format) -> float:
     total = int(histogram.counts.sum())
     if total == 0:
         raise InputError("nothing was calibrated", expected="at least one sample")
-    if method == "minmax" or fmt.name == "e4m3" or histogram.width == 0.0:
+    if method_for(fmt, method) == "minmax" or histogram.width == 0.0:
         return histogram.largest
     if method == "percentile":
         last = int(np.searchsorted(np.cumsum(histogram.magnitudes), total * PERCENTILE / 100))
@@ -144,16 +152,21 @@ def amax_of(histogram: Histogram, method: str, fmt: Format) -> float:
     return min(histogram.largest, float(bins[int(np.argmin(losses))] * histogram.width))
 
 
+def method_for(fmt: Format, method: str) -> str:
+    """The method that a format's scales are chosen by where `method` is asked for."""
+    return "minmax" if fmt.name == "e4m3" else method
+
+
 def grid_of(histogram: Histogram, method: str, fmt: Format) -> Grid:
     """An activation's grid: around zero for signed formats. Unsigned numbers lie where the tensor's are, zero among
     them: what is hardly ever negative (the outputs of SiLU, GELU, ReLU) has twice as many for the rest.
 
     Each side is cut off as `amax_of` does it with magnitudes; for mse both sides' candidates are tried in pairs.
     """
-    most = amax_of(histogram, method, fmt)
     if fmt.least:
-        return Grid(float(scale_of(most, fmt)))
-    above, below = least_squares(histogram, fmt) if method == "mse" and histogram.width else (most, most)
+        return Grid(float(scale_of(amax_of(histogram, method, fmt), fmt)))
+    pair = method == "mse" and histogram.width
+    above, below = least_squares(histogram, fmt) if pair else (amax_of(histogram, method, fmt),) * 2
     low, high = max(histogram.low, -below), min(histogram.high, above)
     scale = np.float32(max((high - low) / fmt.largest, LEAST_SCALE))
     return Grid(float(scale), int(np.clip(np.rint(-low / scale), 0, fmt.largest)))
@@ -161,9 +174,11 @@ def grid_of(histogram: Histogram, method: str, fmt: Format) -> Grid:
 
 def least_squares(histogram: Histogram, fmt: Format) -> tuple[float, float]:
     """The magnitudes above and below zero between which the format's steps have the least expected squared error: of
-    rounding inside (its mean is step^2 / 12), of saturation outside."""
+    rounding inside (its mean is step^2 / 12, but for zeros, which every grid has), of saturation outside."""
     x, inside, outside, ends = histogram.centres, [], [], []
-    for counts in histogram.counts.astype(np.float64):
+    rounded = histogram.counts.astype(np.float64)
+    rounded[0, 0] -= histogram.zeros
+    for counts in rounded:
         used = used_bins(counts)
         bins = np.unique(np.linspace(0, used, CANDIDATES).round().astype(int))
         end = bins * histogram.width
@@ -191,7 +206,7 @@ def squared_error(histogram: Histogram, bins: int, fmt: Format) -> float:
     # a bin narrower than a step is spread over it: the mean of the squared rounding error is step^2 / 12
     inside = x <= bins * histogram.width
     error = np.where(inside, min(step, 1e30) ** 2 / 12, (x - got) ** 2)
-    return float((histogram.magnitudes * error).sum())
+    return float((histogram.magnitudes * error).sum() - histogram.zeros * error[0])
 
 
 def divergence(histogram: Histogram, bins: int, fmt: Format) -> float:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,9 +18,10 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from .place import Placement, quantizes_output
+from .place import Placement, bias_of, quantizes_output, scales_of
 from .running import GraphSession
-from .scales import dequantize, quantize, spread, weight_scale
+from .scales import dequantize, quantize, spread
+from .sets import write_whole
 from .sites import Site
 
 
@@ -46,13 +46,14 @@ def effects(
     p: Placement,
     feeds: Sequence[Mapping[str, torch.Tensor]],
     *,
+    graph: str = "",
     cache: Path | None = None,
     say: Callable[[str], None] = lambda _: None,
 ) -> list[Effect]:
     """The effect of each weighted site of the placement, the worst first. `model` is changed; `cache` is a file that
-    is gone on from and written."""
+    is gone on from and written, where it is of `graph`, which names the model and its weights."""
     measured = [s for s in p.chosen() if s.weight]
-    key = digest_of(p, measured, feeds)
+    key = digest_of(graph, p, measured, feeds)
     known = read_cache(cache, key)
     missing = [s for s in measured if s.name not in known]
     if missing:
@@ -114,10 +115,10 @@ def inject(model: ir.Model, sites: Sequence[Site]) -> None:
 
 def error_maker(node: ir.Node, s: Site, p: Placement) -> Callable[[Any, Any], tuple[torch.Tensor, float]]:
     """(input, weight) -> (the error that quantizing them makes at the node's output, millions of products)."""
-    fmt, block = p.format, p.scheme.block if s.kind == "linear" else 0
+    fmt, block, axis = p.format, p.block(s), p.axis(s)
     attributes = {k: v.value for k, v in node.attributes.items()}
     transposed = s.kind == "linear" and s.axis == 0
-    bias = bias_of(node) if quantizes_output(p, s) else torch.zeros(())
+    bias = torch.from_numpy(bias_of(node).reshape(-1, 1, 1)) if quantizes_output(p, s) else torch.zeros(())
 
     def few(x: torch.Tensor, name: str) -> torch.Tensor:
         scale, zero = p.grid(name)
@@ -125,10 +126,9 @@ def error_maker(node: ir.Node, s: Site, p: Placement) -> Callable[[Any, Any], tu
 
     def make(x: torch.Tensor, weight: Any) -> tuple[torch.Tensor, float]:
         w = np.ascontiguousarray(weight.T) if transposed else weight
-        axis = 1 if s.kind == "linear" else 0
         divisor = (p.smoothing or {}).get(s.activation) if s.kind == "linear" else None
         smooth = w * divisor.divisor[:, None] if divisor else w
-        scale = spread(weight_scale(smooth, fmt, axis, block), smooth.shape, axis, block)
+        scale = spread(scales_of(p, s, node, smooth), smooth.shape, axis, block)
         rounded = dequantize(quantize(smooth, scale, fmt), scale)
         x = x.float()
         seen = x / torch.from_numpy(divisor.divisor) if divisor else x
@@ -142,13 +142,6 @@ def error_maker(node: ir.Node, s: Site, p: Placement) -> Callable[[Any, Any], tu
         return got - exact, exact.numel() * float(np.prod(w.shape) / w.shape[axis]) / 1e6
 
     return make
-
-
-def bias_of(node: ir.Node) -> torch.Tensor:
-    """A convolution's constant bias, as it is added to the output; else zero."""
-    value = node.inputs[2] if len(node.inputs) > 2 else None
-    tensor = value.const_value if value is not None else None
-    return torch.zeros(()) if tensor is None else torch.tensor(tensor.numpy()).float().reshape(-1, 1, 1)
 
 
 def product(kind: str, x: torch.Tensor, w: torch.Tensor, attributes: Mapping[str, Any]) -> torch.Tensor:
@@ -211,9 +204,11 @@ def largest_set(
 # --- the cache --------------------------------------------------------------------------------------------------------
 
 
-def digest_of(p: Placement, sites: Sequence[Site], feeds: Sequence[Mapping[str, torch.Tensor]]) -> str:
-    """Names all that the figures depend on: scheme, runtime, method, scales, feeds."""
-    hasher = hashlib.sha256(json.dumps([p.scheme.name, p.runtime, p.method, bool(p.smoothing)]).encode())
+def digest_of(graph: str, p: Placement, sites: Sequence[Site], feeds: Sequence[Mapping[str, torch.Tensor]]) -> str:
+    """Names all that the figures depend on: graph, scheme, runtime, scales, smoothing, feeds."""
+    hasher = hashlib.sha256(json.dumps([graph, p.scheme.name, p.scheme.block, p.runtime, p.method]).encode())
+    for name, smoothing in sorted((p.smoothing or {}).items()):
+        hasher.update(name.encode() + smoothing.divisor.tobytes())
     for name in p.taps():
         hasher.update(f"{name}={p.grid(name)}".encode())
     for s in sites:
@@ -228,9 +223,8 @@ def write_cache(path: Path | None, key: str, known: Mapping[str, Effect]) -> Non
     if path is None:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(json.dumps({"key": key, "effects": [asdict(e) for e in known.values()]}, indent=1))
-    partial.replace(path)
+    text = json.dumps({"key": key, "effects": [asdict(e) for e in known.values()]}, indent=1)
+    write_whole(path, lambda partial: partial.write_text(text))
 
 
 def read_cache(path: Path | None, key: str) -> dict[str, Effect]:

@@ -20,6 +20,7 @@ from typing import Any, Self
 
 import torch
 
+from optimize.compile.bundle import disk_errors
 from optimize.compile.digests import digest_of_file
 from optimize.compile.runners import Feeds
 from optimize.errors import InputError
@@ -210,6 +211,10 @@ class SetWriter:
         self._digests: set[str] = set()
 
     def __enter__(self) -> Self:
+        with disk_errors(self.folder):
+            return self._begin()
+
+    def _begin(self) -> Self:
         about = read_about(self.folder)
         if about is None:
             check_empty(self.folder)
@@ -219,7 +224,7 @@ class SetWriter:
             clear(self.folder)
         if not self.done:
             self.folder.mkdir(parents=True, exist_ok=True)
-            for left in self.folder.glob(".*.safetensors.*"):
+            for left in (*self.folder.glob(".*.safetensors.*"), *self.folder.glob(f".{ABOUT}.*")):
                 left.unlink()  # what a killed run was writing
             self._write_about(complete=False)
         return self
@@ -254,7 +259,7 @@ class SetWriter:
 
     def add(self, feeds: Feeds, note: Note) -> bool:
         """Writes one sample, unless the set is full or has the very same feeds already. Says whether it did."""
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
         digest = content_digest(feeds)
         if self.full or digest in self._digests:
@@ -263,7 +268,8 @@ class SetWriter:
         tensors = {n: t.contiguous().clone() for n, t in feeds.items()}  # apart: safetensors takes no shared memory
         metadata = {"note": json.dumps(note)}
         path = self.folder / file_name(len(self.notes))
-        write_whole(path, lambda partial: save_file(tensors, partial, metadata))
+        with disk_errors(self.folder):
+            write_whole(path, lambda partial: partial.write_bytes(save(tensors, metadata)))
         self.notes.append(note)
         self._digests.add(digest)
         return True
@@ -305,7 +311,8 @@ def check_empty(folder: Path) -> None:
 
 
 def clear(folder: Path) -> None:
-    """Takes the old set away: its claim first, then its samples."""
-    (folder / ABOUT).unlink(missing_ok=True)
-    for path in sample_files(folder):
+    """Takes the old set away, the last sample first and its claim last: what an interrupted clearing leaves is a set
+    that lacks samples, which nobody reads and the next writer clears."""
+    for path in sorted(folder.glob("[0-9]*.safetensors"), reverse=True):
         path.unlink()
+    (folder / ABOUT).unlink(missing_ok=True)

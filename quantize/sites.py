@@ -98,6 +98,9 @@ def all_sites(model: ir.Model) -> Iterator[Site]:
 
 def weighted(node: ir.Node, x: ir.Value, w: ir.Value) -> Iterator[Site]:
     kind = "conv" if "Conv" in node.op_type else "linear"
+    if initializer(x):
+        yield site(node, kind, x, None, -1, 0, "its input is a constant: it is computed once")
+        return
     tied = tied_weight(w) if node.op_type == "MatMul" else None
     if tied is not None and tied.shape is not None:
         out, rows = (int(d) for d in tied.shape.numpy())

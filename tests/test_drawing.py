@@ -92,6 +92,30 @@ def test_onnx_draws_what_eager_draws(demo_bundle: Path) -> None:
         assert float((ours - theirs).abs().max()) < 1e-4
 
 
+def test_an_artifact_of_fewer_rows_is_called_several_times(demo_bundle: Path) -> None:
+    """Guidance doubles the rows; a static batch of one takes them one by one. Other sizes are refused by name."""
+    import optimize
+    from optimize.compile.spec import Axis
+    from optimize.loading import component_of
+
+    loaded = optimize.load(demo_bundle)
+    names = ("text_encoder", "unet", "vae_decoder")
+    drawing, drawn = Drawing(("a handwritten seven",), (3,), 2, 3.0, 32, 32, 1), []
+    for most in (8, 1):
+        parts = {n: component_of(loaded.bundle, n).with_axes({"batch": Axis("batch", 1, 1, most)}) for n in names}
+        runners = {n: (c, loaded[n].runner()) for n, c in parts.items()}
+        drawn.append(images_of(demo_folder(), runners, drawing, lambda _: None))
+    assert float((drawn[0] - drawn[1]).abs().max()) < 1e-4
+    short = {
+        "text_encoder": (
+            parts["text_encoder"].with_axes({"tokens": Axis("tokens", 7, 7, 7)}),
+            loaded["text_encoder"].runner(),
+        )
+    }
+    with pytest.raises(InputError, match="tokens is"):
+        images_of(demo_folder(), short, drawing, lambda _: None)
+
+
 def test_stand_ins_hold_no_weights(tmp_path: Path) -> None:
     """A network that is replaced needs no file of weights."""
     folder = tiny_pipeline("flux-dev", tmp_path / "pipeline")

@@ -195,7 +195,7 @@ def test_a_file_that_is_not_the_proved_one_is_not_measured(twin: tuple[Path, Any
         ({"precisions": ["bf16"]}, "unknown precision bf16"),
         ({"samples": 0}, "--samples is too small"),
         ({"images": -1}, "--images is too small"),
-        ({"seed": -1}, "--seed is too small"),
+        ({"seed": -1}, "--seed does not fit"),
         ({"budgets": ["fid>=1"]}, "--budget asks for something"),
         ({"budgets": ["good"]}, "--budget was not understood"),
         ({"features": "nothing:there", "samples": 1, "images": 1, "components": ["unet"]}, "--features names nothing"),

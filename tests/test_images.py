@@ -32,6 +32,9 @@ class Pixels(torch.nn.Module):
 def factory():
     return Pixels()
 
+def broken():
+    raise RuntimeError("no weights")
+
 number = 3
 """
 
@@ -171,7 +174,8 @@ def test_one_image_is_no_set(pixels: torch.nn.Module) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["no_such_module:factory", "my_networks:missing", "my_networks:number", "json", "", ":"]
+    "text",
+    ["no_such_module:factory", "my_networks:missing", "my_networks:number", "my_networks:broken", "json", "", ":"],
 )
 def test_networks_that_are_none(text: str, pixels: torch.nn.Module) -> None:
     with pytest.raises(InputError, match="--features") as raised:

@@ -164,3 +164,17 @@ def test_budgets_that_say_nothing(text: str) -> None:
     with pytest.raises(InputError, match="--budget") as raised:
         budget_from_text(text)
     assert text in str(raised.value)
+
+
+def test_an_output_that_is_not_finite_is_the_worst_wherever_it_stands() -> None:
+    """Outputs come in the order of their names, and NaN is below nothing."""
+    from optimize.profiles.judging import MOST_DB, quality_of_row
+
+    one, nan = torch.linspace(-1, 1, 63), torch.full((63,), float("nan"))
+    for names in (("a", "b"), ("b", "a")):
+        exact = dict.fromkeys(names, one)
+        found = quality_of_row([(exact, exact), ({names[0]: one, names[1]: nan}, exact)], "")
+        assert found is not None and found.output == names[1]
+        assert found.cosine != found.cosine and found.lowest != found.lowest
+    far = quality_of_row([({"a": one}, {"a": one}), ({"a": one + 0.5}, {"a": one})], "")
+    assert far is not None and far.snr_db < 20 < MOST_DB

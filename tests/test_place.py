@@ -165,6 +165,58 @@ def test_convolution_is_the_reference(tmp_path: Path, side: str, runtime: str, a
     assert np.abs(got - exact).mean() <= step * 0.01 + 1e-4
 
 
+def test_the_bias_of_a_channel_without_weights_is_kept(tmp_path: Path) -> None:
+    """ONNX Runtime writes it as an int32 in units of the scales: those of a channel of zeros must not be near zero."""
+    model = conv(6, 10, 11)
+    tensor = model.graph.initializers["w"].const_value
+    assert tensor is not None
+    w = tensor.numpy().copy()
+    w[3], w[7] = 0, 1e-30
+    model.graph.initializers["w"].const_value = ir.tensor(w, name="w")
+    feeds = {"x": torch.from_numpy(normal(3, 6, 11, 12))}
+    p = placement(model, "int8", "onnxruntime", [feeds])
+    got, exact = run(written(model, p, tmp_path), feeds), run_plain(model, feeds)
+    assert np.abs(got - exact)[:, [3, 7]].max() <= p.grid("y").scale
+    assert np.linalg.norm(got - exact) / np.linalg.norm(exact) < 0.02
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4-weight", "fp8"])
+def test_an_fp16_graph_has_no_scale_of_zero(tmp_path: Path, scheme: str) -> None:
+    """A channel without weights and an input that is always zero: fp16 has none of fp32's smallest numbers."""
+    model = linear(7, 64, 96, TensorProto.FLOAT16)
+    tensor = model.graph.initializers["w"].const_value
+    assert tensor is not None
+    w = tensor.numpy().copy()
+    w[:, 5] = 0
+    model.graph.initializers["w"].const_value = ir.tensor(w, name="w")
+    feeds = {"x": torch.zeros(1, 7, 64).half()}
+    p = placement(model, scheme, "tensorrt", [feeds])
+    assert receipt.exported(written(model, p, tmp_path), p) == {"layer/MatMul"}
+
+
+def test_a_product_of_a_constant_is_left_alone() -> None:
+    nodes = [
+        helper.make_node("MatMul", ["c", "w"], ["m"], name="layer/MatMul"),
+        helper.make_node("Add", ["m", "x"], ["y"]),
+    ]
+    model = graph(nodes, {"x": [7, 8]}, {"c": normal(7, 8), "w": normal(8, 8)})
+    (found,) = sites_of(model)
+    assert "constant" in found.stays
+
+
+def test_a_weight_that_is_read_both_ways_is_written_both_ways(tmp_path: Path) -> None:
+    """For TensorRT nodes share what they read alike: here one reads the transpose."""
+    nodes = [
+        helper.make_node("Gemm", ["x", "w"], ["h"], name="in/Gemm", transB=1),
+        helper.make_node("MatMul", ["h", "w"], ["y"], name="out/MatMul"),
+    ]
+    model = graph(nodes, {"x": [7, 64]}, {"w": normal(64, 64) * 0.1})
+    feeds = {"x": torch.from_numpy(normal(7, 64))}
+    p = placement(model, "int8", "tensorrt", [feeds])
+    got, exact = run(written(model, p, tmp_path), feeds, **{NO_QDQ: "1"}), run_plain(model, feeds)
+    assert np.linalg.norm(got - exact) / np.linalg.norm(exact) < 0.03
+
+
 @pytest.mark.parametrize("batch", [1, "batch"])
 @pytest.mark.parametrize(
     ("scheme", "rows"), [("int8", 1), ("int8", 77), ("int8-dynamic", 7), ("int8-weight", 63), ("int4-weight", 7)]

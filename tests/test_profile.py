@@ -385,8 +385,10 @@ def test_functions_are_held_to_the_first_ones_outputs() -> None:
         "slow": lambda x: (time.sleep(0.005), x @ weight)[1],
         "wrong": lambda x: x @ weight + 1,
     }
+    functions["broken"] = lambda x: x @ weight.T
     record = optimize.profile(functions, inputs=(torch.randn(7, 63),), **QUICK)
     rows = {r.component: r for r in record.rows}
+    assert rows["broken"].state == "failed" and "RuntimeError" in rows["broken"].why
     assert rows["slow"].timing and rows["product"].timing and rows["slow"].timing.median_ms >= 5
     assert rows["slow"].ratio and rows["slow"].ratio.value > 1 and rows["product"].sizes == {"0.0": 7, "0.1": 63}
     assert rows["wrong"].state == "failed" and "wrong numbers" in rows["wrong"].why
@@ -399,6 +401,7 @@ def test_functions_are_held_to_the_first_ones_outputs() -> None:
         ({"a": 3}, {}, "these are no functions"),
         (lambda x: x, {"inputs": 3}, "neither a sequence nor a mapping"),
         (lambda x: x, {"inputs": (torch.ones(1),), "backends": ["onnxruntime"]}, "does not take a function"),
+        (lambda x: x / 0, {"inputs": (torch.zeros(1),)}, "outputs are not finite"),
         (lambda x: x, {"inputs": (torch.ones(1),), "precisions": ["fp16"]}, "precisions is for bundles"),
         (lambda x: x, {"inputs": (torch.ones(1),), "slo": ["p95<1ms"]}, "slo is for bundles"),
         (lambda x: x, {"inputs": (torch.ones(1),), "steps": 7}, "steps is for bundles"),

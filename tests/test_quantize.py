@@ -17,6 +17,7 @@ import pytest
 import torch
 
 import optimize
+from optimize import quantizing
 from optimize.compile.records import Receipt
 from optimize.errors import GateError, InputError
 from optimize.quantize import calibrate as calibrating
@@ -68,7 +69,8 @@ def test_other_schemes_have_receipts_too(bundle: Path, scheme: str) -> None:
     assert receipt.chosen == receipt.exported == (14 if scheme == "fp8" else 12)
     assert receipt.kernels == (None if scheme == "fp8" else receipt.chosen)
     with optimize.load(bundle)[COMPONENT].runner("onnxruntime", scheme) as runner:
-        assert runner.infer({"input_ids": torch.zeros(1, 5, dtype=torch.int64)})
+        outputs = runner.infer({"input_ids": torch.zeros(1, 5, dtype=torch.int64)})
+    assert outputs and all(t.isfinite().all() for t in outputs.values())
 
 
 def test_export_takes_a_scheme_as_a_precision(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -168,6 +170,43 @@ class Given(list[dict[str, torch.Tensor]]):
         return "given"
 
 
+def test_sensitivity_is_told_of_an_artifact_that_is_there(bundle: Path) -> None:
+    optimize.quantize(bundle, **SMALL)
+    assert all(x.error is None for x in receipt_in(bundle).layers)
+    optimize.quantize(bundle, sensitivity=True, **SMALL)
+    told = receipt_in(bundle)
+    assert sum(x.error is not None for x in told.layers) == told.chosen
+    optimize.quantize(bundle, **SMALL)
+    assert receipt_in(bundle) == told  # it is of the same graph
+
+
+@pytest.mark.parametrize("scheme", ["int8", "fp8"])
+def test_sensitivity_of_an_fp16_base_and_attention_that_goes_first(bundle: Path, scheme: str) -> None:
+    """Errors are fed in the base's type. What has no weight has no figure, and is left high before all others."""
+    words: dict[str, Any] = {"scheme": scheme, "runtime": "tensorrt", "sensitivity": True, **SMALL}
+    optimize.quantize(bundle, budgets=["cosine>=0.9"], **words)
+    id_ = next(i for i, a in optimize.Bundle.read(bundle).manifest.artifacts.items() if a.receipt)
+    plain = receipt_in(bundle, id_)
+    assert plain.base == f"{COMPONENT}/fp16" and all(
+        x.error is not None for x in plain.layers if x.kind == "linear" and not x.why
+    )
+    optimize.quantize(bundle, budgets=[f"snr>={min(q.snr for q in plain.quality) + 0.01}"], **words)
+    high = [x for x in receipt_in(bundle, id_).layers if "sensitivity" in x.why]
+    assert high and (scheme == "int8" or {x.kind for x in high} >= {"attention"})
+
+
+def test_the_sensitivity_cache_is_of_one_graph_and_block(bundle: Path) -> None:
+    from optimize.quantize.schemes import SCHEMES, with_block
+    from optimize.quantize.sites import planned, sites_of
+
+    model = ir.load(bundle / COMPONENT / f"{COMPONENT}.fp32.onnx")
+    scheme = SCHEMES["int4-weight"]
+    sites = planned(sites_of(model), scheme, "onnxruntime")
+    placements = [place.Placement(with_block(scheme, block), "onnxruntime", "mse", sites) for block in (32, 128)]
+    keys = {sensitivity.digest_of(graph, p, sites, []) for graph in ("a", "b") for p in placements}
+    assert len(keys) == 4
+
+
 # --- calibration -----------------------------------------------------------------------------------------------------
 
 
@@ -203,6 +242,11 @@ def test_an_interrupted_calibration_goes_on_and_ends_with_the_same_figures(bundl
     cache.write_bytes(cache.read_bytes()[:100])  # a broken cache is no cache
     again = calibrating.calibrate(ir.load(path), path.parent, taps, Given(feeds), cache=cache)
     assert again.samples == 17
+    told.clear()
+    calibrating.calibrate(
+        ir.load(path), path.parent, taps, Given(feeds), cache=cache, graph="new weights", say=told.append
+    )
+    assert len(told) == 17, "what another graph's values were is nothing to go by"
 
 
 @pytest.mark.parametrize(
@@ -258,7 +302,9 @@ def test_scales_of_zero_are_refused(bundle: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_calibration_that_was_skipped_is_refused(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing seen: an error. Something made up in its place: the figures miss the budget."""
+    """Nothing seen: an error. Something made up in its place: the figures are far off. Another calibration's ranges,
+    right or not: the receipt says so."""
+    real = calibrating.calibrate
     empty = calibrating.Calibration({}, 0, "")
     monkeypatch.setattr(calibrating, "calibrate", lambda *_, **__: empty)
     with pytest.raises(InputError, match="was not calibrated"):
@@ -270,8 +316,15 @@ def test_a_calibration_that_was_skipped_is_refused(bundle: Path, monkeypatch: py
         return calibrating.Calibration({t: calibrating.Seen(histogram) for t in taps}, 1, "")
 
     monkeypatch.setattr(calibrating, "calibrate", made_up)
-    monkeypatch.setattr(sensitivity, "largest_set", lambda ranked, *_: sensitivity.Found((), -1.0, False, 1))
-    with pytest.raises(GateError, match="cannot meet"):
+    for budget, said in (("cosine>=0.999", "cannot meet|counts do not agree|far off"), ("cosine>=-1", "far off")):
+        with pytest.raises(GateError, match=said):
+            optimize.quantize(bundle, smooth=False, budgets=[budget], **SMALL)
+
+    def other(*args: Any, **words: Any) -> calibrating.Calibration:
+        return dataclasses.replace(real(*args, **words), digest="sha256:other")
+
+    monkeypatch.setattr(calibrating, "calibrate", other)
+    with pytest.raises(GateError, match=r"counts do not agree[\s\S]*not of these samples"):
         optimize.quantize(bundle, smooth=False, **SMALL)
 
 
@@ -331,3 +384,43 @@ def test_an_output_that_agrees_in_every_bit_does_not_break_the_manifest(bundle: 
     with optimize.Bundle.create(bundle, "demo", []) as again:
         again.record(made.model_copy(update={"receipt": receipt}))
     assert receipt_in(bundle).quality[0].snr == math.inf
+
+
+# --- figures ---------------------------------------------------------------------------------------------------------
+
+
+def test_figures_are_of_samples_that_calibration_has_not_seen(bundle: Path) -> None:
+    from optimize.quantize.sets import content_digest, read_set
+
+    optimize.quantize(bundle, components=[COMPONENT], samples=32)
+    sets = [read_set(bundle / "calibration" / f"{COMPONENT}.{kind}") for kind in ("samples", "held-out")]
+    seen, held = ({content_digest(f) for f in found} for found in sets)
+    assert receipt_in(bundle).quality[0].samples == len(held - seen) == 2
+    alone = quantizing.apart(sets[0], sets[0])
+    assert all(s not in alone[0].samples for s in alone[1].samples)
+    assert len(alone[0]) + len(alone[1]) == len(sets[0])
+
+
+def test_a_sample_that_agrees_in_every_bit_meets_no_budget_for_the_others() -> None:
+    from optimize.receipts import compared
+
+    one = torch.linspace(-1, 1, 63)
+    feeds = [{"y": one}, {"y": 2 * one}]
+    (found,) = compared(lambda f: f, lambda f: {"y": f["y"] + (0.5 if f["y"][-1] > 1 else 0)}, feeds)
+    assert found.snr < 20 and found.psnr < 20
+    (broken,) = compared(lambda f: f, lambda f: {"y": f["y"] * (float("nan") if f["y"][-1] > 1 else 1)}, feeds)
+    assert np.isnan(broken.lowest) and quantizing.margin([broken], []) == float("-inf")
+
+
+def test_a_plan_of_nothing_is_shown_and_its_quantizing_refused(
+    bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["quantize", str(bundle), "--component", COMPONENT, "--keep-high", "*"]
+    assert main([*words, "--dry-run"]) == 0 and "--keep-high" in capsys.readouterr().out
+    assert main(words) == 1 and "--dry-run shows why" in capsys.readouterr().err
+
+
+def test_an_export_quantizes_the_graph_of_its_opset(bundle: Path) -> None:
+    request = quantizing.request_from_words(bundle, opset=21)
+    with pytest.raises(InputError, match="of opset 21"):
+        quantizing.base_of(optimize.Bundle.read(bundle), COMPONENT, request)

@@ -16,7 +16,8 @@ README = (ROOT / "README.md").read_text()
 
 
 def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+    return [text for name, text in found if name == language]
 
 
 def test_links_lead_to_files() -> None:
@@ -30,6 +31,11 @@ def test_links_lead_to_files() -> None:
 )
 def test_commands_are_known_words(line: str) -> None:
     cli.parser().parse_args(shlex.split(line.partition("#")[0])[1:])
+
+
+def test_every_verb_is_among_them() -> None:
+    verbs = {line.split()[1] for block in blocks("") for line in block.splitlines() if line.startswith("optimize ")}
+    assert verbs >= {"export", "verify", "inspect", "quantize", "evaluate", "record", "profile"}
 
 
 def test_the_kernels_example_runs(capsys: pytest.CaptureFixture[str]) -> None:

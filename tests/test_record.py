@@ -342,3 +342,16 @@ def test_a_file_without_prompts_is_refused(tmp_path: Path, capsys: pytest.Captur
     (tmp_path / "p").write_text(" \n\n")
     assert main(["record", "demo", "--out", str(tmp_path / "d"), "--prompts", str(tmp_path / "p")]) == 2
     assert "has no prompts" in capsys.readouterr().err
+
+
+def test_a_finished_set_of_another_making_is_not_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["record", "demo", "--component", "text_encoder", "--out", str(tmp_path / "r")]
+    assert main([*words, "--samples", "3"]) == 0
+    before = read_set(tmp_path / "r" / "text_encoder").digest()
+    assert main([*words, "--samples", "3"]) == 0, "the same is found again"
+    assert main([*words, "--samples", "2"]) == 2
+    assert "has a finished calibration set" in capsys.readouterr().err
+    assert read_set(tmp_path / "r" / "text_encoder").digest() == before
+    file = tmp_path / "file"
+    file.write_text("")
+    assert main([*words[:-1], str(file)]) == 2

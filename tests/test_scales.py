@@ -213,6 +213,16 @@ def test_mse_finds_the_best_pair_of_sides() -> None:
     assert error(-zero * scale, (255 - zero) * scale) <= 1.05 * min(error(*pair) for pair in pairs)
 
 
+@pytest.mark.parametrize("fmt", [INT8, UINT8])
+def test_zeros_cost_nothing_on_any_grid(fmt) -> None:
+    """Of a tensor that is nearly all zeros mse cuts off as little as of the rest alone."""
+    x, both, rest = torch.randn(7_777, generator=torch.Generator().manual_seed(3)), Histogram(), Histogram()
+    both.add(torch.cat([torch.zeros(777_777), x]))
+    rest.add(x)
+    assert both.zeros == 777_777 and both.counts.sum() == 785_554
+    assert grid_of(both, "mse", fmt) == grid_of(rest, "mse", fmt)
+
+
 def test_unknown_methods_and_empty_histograms_are_refused() -> None:
     with pytest.raises(InputError, match="unknown calibration"):
         amax_of(heavy(), "magic", INT8)

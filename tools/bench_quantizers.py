@@ -19,6 +19,7 @@ from optimize.quantize.data import feeds_of
 from optimize.quantize.place import Placement, placed
 from optimize.quantize.schemes import SCHEMES
 from optimize.quantize.sets import read_set
+from optimize.quantize.texts import HELD
 from optimize.quantizing import HELD_OUT
 from optimize.tools.bench_workers import Job, Reader
 
@@ -36,7 +37,7 @@ def base(job: Job) -> dict[str, Any]:
     component, samples = component_of(bundle, artifact.component), int(job.words["samples"])
     source = source_of(bundle, (component.name,))
     folders = {}
-    for kind, count, seed in (("samples", samples, 0), ("held-out", min(HELD_OUT, max(2, samples // 4)), 1)):
+    for kind, count, seed in (("samples", samples, 0), ("held-out", min(HELD_OUT, max(2, samples // 4)), HELD)):
         folders[kind] = bundle.root / "calibration" / f"{component.name}.{kind}"
         found = feeds_of(component, source, folders[kind], samples=count, seed=seed)
     parity = artifact.parity

@@ -152,7 +152,7 @@ def show_receipts(bundle: Bundle, ids: Iterable[str], as_json: bool) -> None:
     wanted = set(ids)
     made = [(a, a.receipt) for a in bundle.artifacts(kind="onnx") if a.id in wanted and a.receipt is not None]
     if as_json:
-        show([{"artifact": a.id, "path": a.path, **r.model_dump()} for a, r in made], True)
+        show([{"artifact": a.id, "path": a.path, **r.model_dump(mode="json")} for a, r in made], True)
         return
     for artifact, receipt in made:
         print(f"{artifact.id}: {receipt.headline}")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from optimize.errors import InputError
-from optimize.measuring import Here
+from optimize.measuring import Here, wrong
 from optimize.progress import Progress
 from optimize.seats import Seat
 
@@ -160,25 +160,35 @@ def rows_of_callables(
     functions: Mapping[str, Callable[..., Any]], inputs: Any, request: Request, progress: Progress
 ) -> list[Row]:
     """Each function through each backend; rows stand under the function's name."""
-    from optimize.profiles.timing import measure, pace_of
+    from optimize.profiles.timing import SideFailedError, measure, pace_of
 
     backends = request.backends or ("eager",)
     seats: dict[tuple[str, str], CallSeat] = {}
     parity: dict[tuple[str, str], RowParity] = {}
     exact: Tensors | None = None
-    firsts, loads = {}, {}
+    firsts, loads, broken = dict[tuple[str, str], Any](), dict[tuple[str, str], float](), dict[tuple[str, str], str]()
     for name, function in functions.items():
         for backend in dict.fromkeys(("eager", *backends) if not seats else backends):
             style = None if backend == "eager" else backend
             seat = CallSeat(partial(Called, function, inputs, style, request.device), request.device)
             progress.say(f"{name}: {backend}")
-            loads[name, backend] = seat.open()["load_s"]
-            firsts[name, backend] = seat.bind()
-            got = seat.found()
+            key, place = (name, backend), seat if exact is None else Here(seat)
+            seats[key] = seat
+            try:
+                loads[key], firsts[key], got = begun(place)
+            except SideFailedError as e:
+                broken[key] = " ".join(str(e).split())
+                continue
             exact = got if exact is None else exact
-            parity[name, backend] = compared(got, exact, request.device)
-            seats[name, backend] = seat
-    right = {key: seat for key, seat in seats.items() if parity[key].passed}
+            parity[key] = compared(got, exact, request.device)
+            if not parity[next(iter(seats))].passed:
+                raise InputError(
+                    "the first function's outputs are not finite",
+                    got=wrong(parity[key]),
+                    expected="numbers that the others can be held to",
+                    mend="look at it with these inputs",
+                )
+    right = {key: seat for key, seat in seats.items() if key in parity and parity[key].passed}
     places = {" ".join(reversed(key)): Here(seat) for key, seat in right.items()}
     first = next(iter(places))
     measured = measure(
@@ -190,7 +200,20 @@ def rows_of_callables(
         say=progress.say,
         pace=pace_of(request.device, request.threads),
     )
-    return [row(key, seats[key], parity[key], measured, loads[key], firsts[key], inputs) for key in seats]
+    return [
+        row(key, seat, parity.get(key), measured, loads.get(key, 0.0), firsts.get(key), inputs, broken.get(key, ""))
+        for key, seat in seats.items()
+    ]
+
+
+def begun(place: CallSeat | Here) -> tuple[float, Any, Tensors]:
+    """Opened, bound and run once: (seconds to load, the first calls, outputs). What the reference raises is its
+    author's; what any other does is that candidate's failure."""
+
+    def call(name: str) -> Any:
+        return place.call(name) if isinstance(place, Here) else getattr(place, name)()
+
+    return call("open")["load_s"], call("bind"), call("found")
 
 
 def compared(got: Tensors, exact: Tensors, device: str) -> RowParity:
@@ -203,9 +226,15 @@ def compared(got: Tensors, exact: Tensors, device: str) -> RowParity:
 
 
 def row(
-    key: tuple[str, str], seat: CallSeat, parity: RowParity, measured: Any, load_s: float, first: Any, inputs: Any
+    key: tuple[str, str],
+    seat: CallSeat,
+    parity: RowParity | None,
+    measured: Any,
+    load_s: float,
+    first: Any,
+    inputs: Any,
+    why: str,
 ) -> Row:
-    from optimize.measuring import wrong
     from optimize.profiles.schema import Memory, Preparation, Row
 
     name, backend = key
@@ -220,7 +249,7 @@ def row(
         "parity": parity,
     }
     if label not in measured.timings:
-        return Row(**known, state="failed", why=measured.failed.get(label) or wrong(parity))
+        return Row(**known, state="failed", why=why or measured.failed.get(label) or wrong(parity))
     timing = measured.timings[label]
     compiled = backend != "eager"
     return Row(

@@ -74,7 +74,7 @@ def runner_of_artifact(bundle: Bundle, artifact: Artifact, backend: str, device:
         str(artifact.spec.get("device", device)),
         threads,
         str(artifact.spec.get("flavour", "tensorrt")),
-        simulation(precision),
+        simulation(precision, str(artifact.spec.get("runtime", ""))),
     )
     return runner_of(backend, subject)
 

@@ -7,7 +7,6 @@ import importlib.metadata
 import json
 import math
 import os
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
@@ -118,7 +117,7 @@ def evaluate(
         against: the precision of the reference, or `eager`, which also stands in where there is no fp32.
         components, precisions: only these; all without.
         calibration: named feeds to measure on, as `optimize record` writes; else data of the source are made, with
-            `seed` (which is not calibration's).
+            `seed`: never those of a calibration, whatever its seed was.
         samples: how many sets of feeds for each network.
         images: how many images are drawn through the pipeline; as many as samples for the demo, none for others.
         features: a feature network for LPIPS, FID, KID, IS and CLIP score, see `profiles.features`.
@@ -159,14 +158,16 @@ def request_of(
     from optimize.exporting import choose
     from optimize.profiles.images import SIGNS
     from optimize.quantize.measures import MEASURES, budget_from_text
+    from optimize.quantize.texts import check_seed
 
+    check_seed(seed)
     here = {str(a.spec["precision"]) for a in loaded.bundle.artifacts(kind="onnx")}
     for name in components:
         loaded.bundle.component(name)
     choose("precision", precisions, sorted(here))
     if against != "fp32":
         choose("against", [against], sorted({*here, "fp32", "eager"}))
-    for word, number, least in (("samples", samples, 1), ("images", images or 0, 0), ("seed", seed, 0)):
+    for word, number, least in (("samples", samples, 1), ("images", images or 0, 0)):
         if number < least:
             raise InputError(f"--{word} is too small", got=number, expected=f"at least {least}")
     if find_spec("torchmetrics") is None:
@@ -241,12 +242,13 @@ def qualities_of(
     loaded: LoadedBundle, name: str, artifacts: Sequence[Artifact], request: Request, progress: Progress
 ) -> Iterator[ArtifactQuality]:
     """Each artifact of a component beside the reference, on the same feeds."""
+    from optimize.compile.bundle import scratch
     from optimize.profiles.quality import keep_outputs, qualities
 
     against, runner = reference_runner(loaded, name, request.against)
     with progress.step(f"{name}: data"):
         data, samples = data_of(loaded, name, request, progress)
-    with workspace(loaded.bundle) as folder:
+    with scratch(loaded.bundle.root / FOLDER, ".outputs-") as folder:
         with progress.step(against):
             keep_outputs(runner, samples, folder)
         for artifact in artifacts:
@@ -264,6 +266,7 @@ def data_of(
     """How the data came about, and the feeds, which can be gone through again and again."""
     from optimize.loading import component_of, recorded_component, source_of
     from optimize.quantize.data import feeds_from_file, feeds_of
+    from optimize.quantize.texts import MEASURED
 
     try:
         component = component_of(loaded.bundle, name, loaded.trust_remote_code)
@@ -277,7 +280,8 @@ def data_of(
     if source is None:
         return f"synthetic: {why}", drawn_feeds(component, request)
     folder = loaded.bundle.root / FOLDER / "feeds" / name
-    made = feeds_of(component, source, folder, samples=request.samples, seed=request.seed, say=progress.say)
+    seed = MEASURED + request.seed
+    made = feeds_of(component, source, folder, samples=request.samples, seed=seed, say=progress.say)
     return made.how, made
 
 
@@ -287,17 +291,6 @@ def drawn_feeds(component: Component, request: Request) -> list[dict[str, torch.
 
     sizes = component.shape_sets()["untraced"]
     return [feeds_for(component.inputs, sizes, "fp32", 1000 * request.seed + i) for i in range(request.samples)]
-
-
-@contextlib.contextmanager
-def workspace(bundle: Bundle) -> Iterator[Path]:
-    """A folder in the bundle for what is thrown away again: outputs are large, and /tmp may be memory."""
-    from optimize.compile.bundle import disk_errors
-
-    with disk_errors(bundle.root):
-        (bundle.root / FOLDER).mkdir(exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=bundle.root / FOLDER, prefix=".outputs") as folder:
-            yield Path(folder)
 
 
 # --- images ----------------------------------------------------------------------------------------------------------
@@ -381,13 +374,17 @@ def images_of_variants(
         found = images_through(loaded, {name: runner for name, (_, runner) in runners.items()}, drawing, progress)
         return {name: id_ for name, (id_, _) in runners.items()}, found
 
-    with progress.step("images of the reference"):
-        against, exact = images({})
+    try:
+        with progress.step("images of the reference"):
+            against, exact = images({})
+    except InputError as e:  # the artifacts do not take the sizes that the pipeline runs at
+        yield from (ImagesQuality(variant, request.against, skipped=f"{e.what} ({e.got})") for variant in variants)
+        return
     for variant, artifacts in variants.items():
         with progress.step(f"images of {variant}"):
             try:
                 parts, got = images(artifacts)
-            except MissingError as e:
+            except (InputError, MissingError) as e:
                 yield ImagesQuality(variant, ", ".join(against.values()), skipped=e.what)
                 continue
             figures = image_figures(got, exact, drawing.prompts, network)

@@ -11,7 +11,6 @@ import hashlib
 import json
 import math
 import os
-import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -255,22 +254,15 @@ def older_record(path: Path | str | None) -> Profile | None:
 
 @contextlib.contextmanager
 def workspace(folder: Path | None) -> Iterator[Path]:
-    """A folder for tensors, gone afterwards; beside the record where there is one: /tmp may be memory."""
-    import psutil
-
-    from optimize.compile.bundle import disk_errors
+    """A folder for tensors, gone afterwards; beside the record where there is one."""
+    from optimize.compile.bundle import scratch
 
     if folder is None:
         with tempfile.TemporaryDirectory(prefix="optimize-profile-") as made:
             yield Path(made)
         return
-    with disk_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        for left in folder.glob(f"{WORK}*"):  # of a run that was killed
-            if not psutil.pid_exists(int(left.name.removeprefix(WORK).partition("-")[0])):
-                shutil.rmtree(left, ignore_errors=True)
-        with tempfile.TemporaryDirectory(dir=folder, prefix=f"{WORK}{os.getpid()}-") as made:
-            yield Path(made)
+    with scratch(folder, WORK) as made:
+        yield made
 
 
 # --- rows ------------------------------------------------------------------------------------------------------------
@@ -422,6 +414,7 @@ def real_samples(
     from optimize.loading import source_of
     from optimize.quantize.data import feeds_of
     from optimize.quantize.fit import sizes_of
+    from optimize.quantize.texts import MEASURED
 
     subject, wanted = session.subject, session.request.settings.samples
     if subject.loaded is None or not wanted:
@@ -430,7 +423,7 @@ def real_samples(
     try:
         source = source_of(subject.loaded.bundle, (component.name,), subject.loaded.trust_remote_code)
         session.progress.say("samples")
-        made = feeds_of(component, source, folder, samples=2 * wanted, seed=1, say=session.progress.say)
+        made = feeds_of(component, source, folder, samples=2 * wanted, seed=MEASURED + 1, say=session.progress.say)
     except OptimizeError:  # without its source or its data, random feeds have to do
         return [], ""
     shapes = ((feeds, {n: tuple(t.shape) for n, t in feeds.items()}) for feeds in made)

@@ -33,6 +33,7 @@ BASES: Mapping[str, tuple[str, ...]] = {"onnxruntime": ("fp32",), "tensorrt": ("
 """Runtime -> precisions of the artifact that is quantized, the first that the bundle has: what stays, stays in it."""
 FIGURES = ("cosine", "snr", "psnr")
 """What a budget can be of: what every output has."""
+FLOATS_OPSET = 19
 HELD_OUT = 8
 SENSITIVITY_SAMPLES = 2
 
@@ -55,6 +56,7 @@ class Request:
     budgets: tuple[str, ...] = ()
     sensitivity: bool = False
     trust_remote_code: bool = False
+    opset: int | None = None
 
     @property
     def budget(self) -> tuple[str, ...]:
@@ -78,13 +80,16 @@ def request_from_words(
     sensitivity: bool = False,
     targets: Sequence[str] = (),
     trust_remote_code: bool = False,
+    opset: int | None = None,
 ) -> Request:
     """Checks words that need no model. Raises InputError for unknown schemes, runtimes, methods and budgets, and for a
     scheme that the runtime or a target cannot run."""
     from optimize.profiles.targets import sm_from_target
     from optimize.quantize.measures import budget_from_text
     from optimize.quantize.schemes import METHODS, SCHEMES, scheme_for
+    from optimize.quantize.texts import check_seed
 
+    check_seed(seed)
     if scheme in SCHEMES and runtime is None:
         runtime = "tensorrt" if targets else next(iter(SCHEMES[scheme].kinds))
     scheme_for(scheme, runtime or "onnxruntime", 23, tuple(sm_from_target(t)[1] for t in targets), block)
@@ -109,6 +114,7 @@ def request_from_words(
         tuple(budgets),
         sensitivity,
         trust_remote_code,
+        opset,
     )
 
 
@@ -136,6 +142,11 @@ class Work:
     @property
     def stem(self) -> str:
         return artifact_id(self.request, self.component.name).replace("/", ".")
+
+    @property
+    def graph(self) -> str:
+        """Names the graph and the weights, which lie in another file."""
+        return hashlib.sha256(json.dumps([self.base.sha256, dict(self.base.key)], sort_keys=True).encode()).hexdigest()
 
     def cache(self, kind: str) -> Path:
         """Beside the calibration data, outside what the manifest claims."""
@@ -202,7 +213,7 @@ def requests_for_export(
     from optimize.compile.spec import QUANTIZED
     from optimize.quantize.schemes import scheme_for
 
-    shared = {k: words[k] for k in ("components", "targets", "trust_remote_code") if k in words}
+    shared = {k: words[k] for k in ("components", "targets", "trust_remote_code", "opset") if k in words}
     found = [request_from_words(out, scheme=p, **shared, **quantization) for p in precisions if p in QUANTIZED]
     for request in found:
         scheme_for(request.scheme, request.runtime, words.get("opset", 23), block=request.block)
@@ -249,18 +260,19 @@ def chosen_components(bundle: Bundle, request: Request) -> list[str]:
 
 def base_of(bundle: Bundle, name: str, request: Request, *, required: bool = True) -> list[Artifact]:
     """The artifact that is quantized, as a list of one. Raises InputError where the bundle has none."""
-    known = {a.id: a for a in bundle.artifacts(name, "onnx")}
+    known = bundle.artifacts(name, "onnx")
     for precision in BASES[request.runtime]:
-        for id_, artifact in known.items():
-            if artifact.spec["precision"] == precision and not artifact.spec.get("kernels"):
-                del id_
+        for artifact in known:
+            able = not artifact.spec.get("kernels") and request.opset in (None, artifact.spec["opset"])
+            if able and artifact.spec["precision"] == precision:
                 return [artifact]
     if not required:
         return []
+    opset = "" if request.opset is None else f", of opset {request.opset}"
     raise InputError(
         f"{name} has no artifact to quantize",
-        got=", ".join(known) or "none",
-        expected=f"one in {' or '.join(BASES[request.runtime])}, without --kernels",
+        got=", ".join(a.id for a in known) or "none",
+        expected=f"one in {' or '.join(BASES[request.runtime])}, without --kernels{opset}",
         mend=f"optimize export {bundle.manifest.source} --out {bundle.root} --component {name}",
     )
 
@@ -288,17 +300,16 @@ def planned_sites(bundle: Bundle, base: Artifact, request: Request) -> list[Site
     from optimize.quantize.schemes import scheme_for
     from optimize.quantize.sites import planned, sites_of
 
-    model = ir.load(bundle.path(base))
-    scheme = scheme_for(request.scheme, request.runtime, int(base.spec["opset"]), block=request.block)
-    found = planned(sites_of(model), scheme, request.runtime, request.keep)
-    if not any(not s.stays for s in found):
-        raise GateError(
-            f"{base.id}: nothing to quantize with {request.scheme} for {request.runtime}",
-            got=f"{len(found)} layers, all of which stay",
-            expected="one at least",
-            mend="--dry-run shows why each stays",
+    model, opset = ir.load(bundle.path(base)), int(base.spec["opset"])
+    scheme = scheme_for(request.scheme, request.runtime, opset, block=request.block)
+    if base.spec["precision"] != "fp32" and opset < FLOATS_OPSET:
+        raise InputError(
+            f"opset {opset} has QuantizeLinear for fp32 alone",
+            got=f"{base.id}, of opset {opset}",
+            expected=f"opset {FLOATS_OPSET} or later",
+            mend="export with --opset 23",
         )
-    return found
+    return planned(sites_of(model), scheme, request.runtime, request.keep)
 
 
 def key_of(base: Artifact, request: Request) -> dict[str, str]:
@@ -332,7 +343,8 @@ def quantizer_digest() -> str:
     from optimize.quantize import schemes
 
     folder = Path(str(schemes.__file__)).parent
-    return digest("".join(p.read_text() for p in [*sorted(folder.glob("*.py")), Path(__file__)]))
+    beside = [Path(__file__), Path(__file__).with_name("receipts.py")]
+    return digest("".join(p.read_text() for p in [*sorted(folder.glob("*.py")), *beside]))
 
 
 def quantize_component(bundle: Bundle, name: str, request: Request, progress: Progress) -> None:
@@ -349,16 +361,25 @@ def quantize_component(bundle: Bundle, name: str, request: Request, progress: Pr
     component = component_of(bundle, name, request.trust_remote_code)
     key = key_of(base, request)
     step = step_for(bundle, artifact_id(request, name), component, request.scheme, key, None)
-    if step.hit:
+    old = bundle.manifest.artifacts.get(step.artifact)
+    told = old is not None and old.receipt is not None and any(x.error is not None for x in old.receipt.layers)
+    if step.hit and (told or not request.sensitivity):
         return
     sites = planned_sites(bundle, base, request)
+    if all(s.stays for s in sites):
+        raise GateError(
+            f"{base.id}: nothing to quantize with {request.scheme} for {request.runtime}",
+            got=f"{len(sites)} layers, all of which stay",
+            expected="one at least",
+            mend="--dry-run shows why each stays",
+        )
     need_memory(bundle, base)
     with bundle.workspace(step.artifact) as folder:
         work = Work(request, bundle, base, component, sites, folder, progress.say)
         load_samples(work)
         placement = calibrated(work)
         found, quality = within_budget(work, placement)
-        parity = proof(folder / f"{work.stem}.onnx", work.path, base, request.scheme, component)
+        parity = proof(folder / f"{work.stem}.onnx", work.path, base, request.scheme, request.runtime, component)
         receipt = receipt_of(work, found, quality)
         adopt(step, bundle, folder, spec_of(work, found), work.seconds, parity, None, receipt=receipt, base=base)
 
@@ -380,6 +401,7 @@ def load_samples(work: Work) -> None:
     """Calibration samples, and others that were held out of it for the figures."""
     from optimize.compile.sources import Trust, source_from_text
     from optimize.quantize.data import feeds_from_file, feeds_of
+    from optimize.quantize.texts import HELD
 
     request, root = work.request, work.bundle.root / "calibration"
     if request.calibration is not None:
@@ -393,8 +415,18 @@ def load_samples(work: Work) -> None:
         folder = root / f"{work.component.name}.{kind}"
         return feeds_of(work.component, source, folder, samples=samples, seed=seed, say=work.say)
 
-    work.held_out = made("held-out", min(HELD_OUT, max(2, request.samples // 4)), request.seed + 1)
+    work.held_out = made("held-out", min(HELD_OUT, max(2, request.samples // 4)), HELD + request.seed)
     work.samples = made("samples", request.samples, request.seed)
+    work.samples, work.held_out = apart(work.samples, work.held_out)
+
+
+def apart(given: CalibrationSet, held: CalibrationSet) -> tuple[CalibrationSet, CalibrationSet]:
+    """The same without what is in both: figures are of samples that calibration has not seen."""
+    from optimize.quantize.sets import content_digest
+
+    seen = {content_digest(feeds) for feeds in given}
+    fresh = tuple(s for s, feeds in zip(held.samples, held, strict=True) if content_digest(feeds) not in seen)
+    return (given, replace(held, samples=fresh)) if fresh else halves(given)
 
 
 def halves(given: CalibrationSet) -> tuple[CalibrationSet, CalibrationSet]:
@@ -427,6 +459,7 @@ def calibrated(work: Work) -> Placement:
                 list(groups),
                 work.samples,
                 by_channel=frozenset(groups),
+                graph=work.graph,
                 cache=work.cache("channels.npz"),
                 say=work.say,
             ).seen
@@ -439,6 +472,7 @@ def calibrated(work: Work) -> Placement:
             placement.taps(),
             work.samples,
             divided={name: s.divisor for name, s in smoothing.items()},
+            graph=work.graph,
             cache=work.cache("ranges.npz"),
             say=work.say,
         )
@@ -492,15 +526,19 @@ def within_budget(work: Work, placement: Placement) -> tuple[Placement, list[Qua
         tried[tuple(high)] = attempt, quality
         return margin(quality, budgets)
 
+    def nearest() -> tuple[Placement, list[Quality]]:
+        return max((t for t in tried.values() if t[0].chosen()), key=lambda t: margin(t[1], budgets))
+
     start = time.perf_counter()
     value = trial(())
     if value < 0 or work.request.sensitivity:
         work.effects = measured_effects(work, placement)
     found = sensitivity.Found((), value, True, 1)
     if value < 0:
-        found = sensitivity.largest_set(work.effects, trial, lambda v: v >= 0, value)
+        attention = [sensitivity.Effect(s.name, math.inf, 0.0) for s in placement.chosen() if not s.weight]
+        found = sensitivity.largest_set([*attention, *work.effects], trial, lambda v: v >= 0, value)
     if not found.met or not tried[found.high][0].chosen():
-        raise blocked(work, budgets, tried[()][1])
+        raise blocked(work, budgets, *nearest())
     work.seconds["budget"] = round(time.perf_counter() - start, 3)
     result = tried[found.high]
     if next(reversed(tried)) != found.high:
@@ -525,19 +563,25 @@ def measured_effects(work: Work, placement: Placement) -> list[Effect]:
     feeds = list(itertools.islice(iter(work.held_out), SENSITIVITY_SAMPLES))
     start = time.perf_counter()
     found = sensitivity.effects(
-        ir.load(work.path), work.path.parent, placement, feeds, cache=work.cache("sensitivity.json"), say=work.say
+        ir.load(work.path),
+        work.path.parent,
+        placement,
+        feeds,
+        graph=work.graph,
+        cache=work.cache("sensitivity.json"),
+        say=work.say,
     )
     work.seconds["sensitivity"] = round(time.perf_counter() - start, 3)
     return found
 
 
-def blocked(work: Work, budgets: Sequence[Budget], quality: Sequence[Quality]) -> GateError:
-    """The error for a budget that no set of layers meets."""
+def blocked(work: Work, budgets: Sequence[Budget], placement: Placement, quality: Sequence[Quality]) -> GateError:
+    """The error for a budget that no set of layers meets, with the figures of the one that came nearest."""
     near = "; ".join(f"{q.output}: cosine {q.cosine:.5f}, snr {q.snr:.1f} dB, psnr {q.psnr:.1f} dB" for q in quality)
     worst = ", ".join(f"{e.site.rpartition('/')[0]} ({e.error:.2g})" for e in work.effects[:3])
     return GateError(
         f"{work.base.component}: {work.request.scheme} cannot meet {' and '.join(map(str, budgets))}",
-        got=f"{near}, with every layer quantized",
+        got=f"{near}, with {len(placement.chosen())} of {len(placement.sites)} layers quantized",
         expected="a set of layers that keeps it",
         mend=f"a budget that can be met, or another scheme; the layers that cost most: {worst}",
     )

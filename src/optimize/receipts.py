@@ -37,23 +37,25 @@ def session(work_path: Path, **entries: str) -> Any:
     return GraphSession(ir.load(work_path), work_path.parent, options=session_options(None, 0, **entries))
 
 
-def simulation(scheme: str) -> dict[str, str]:
-    """ONNX Runtime's CPU has no fp8 kernels: Q and DQ are run as they stand, and the rest in floating point."""
+def simulation(scheme: str, runtime: str) -> dict[str, str]:
+    """ONNX Runtime's CPU has no fp8 kernels, and cannot load some graphs that are placed for TensorRT: Q and DQ are run
+    as they stand there, and the rest in floating point."""
     from optimize.quantize.running import NO_QDQ
 
-    return {NO_QDQ: "1"} if scheme == "fp8" else {}
+    return {NO_QDQ: "1"} if scheme == "fp8" or runtime == "tensorrt" else {}
 
 
 def quality_of(work: Work, path: Path) -> list[Quality]:
     """Every output that is a float against the base artifact's, over the held-out samples."""
     assert work.held_out is not None
-    base, few = session(work.path), session(path, **simulation(work.request.scheme))
+    base, few = session(work.path), session(path, **simulation(work.request.scheme, work.request.runtime))
     return compared(base.run, few.run, work.held_out)
 
 
 def compared(base: Infer, few: Infer, samples: Iterable[Feeds]) -> list[Quality]:
     """Every output of `base` that is a float, and the same of `few`, over the samples."""
     from optimize.compile.records import Quality
+    from optimize.profiles.quality import mean, worst
     from optimize.quantize.measures import cosine, psnr, snr
 
     figures: dict[str, list[tuple[float, float, float]]] = {}
@@ -67,22 +69,22 @@ def compared(base: Infer, few: Infer, samples: Iterable[Feeds]) -> list[Quality]
         Quality(
             output=name,
             cosine=statistics.fmean(c for c, _, _ in rows),
-            lowest=min(c for c, _, _ in rows),
-            snr=statistics.fmean(s for _, s, _ in rows),
-            psnr=statistics.fmean(p for _, _, p in rows),
+            lowest=worst(c for c, _, _ in rows),
+            snr=mean([s for _, s, _ in rows]),
+            psnr=mean([p for _, _, p in rows]),
             samples=len(rows),
         )
         for name, rows in figures.items()
     ]
 
 
-def proof(path: Path, base_path: Path, base: Artifact, scheme: str, component: Component) -> Parity:
+def proof(path: Path, base_path: Path, base: Artifact, scheme: str, runtime: str, component: Component) -> Parity:
     """The quantized graph at the three sets of sizes against the base artifact, on random feeds."""
     from optimize.compile.feeds import feeds_for
     from optimize.compile.records import OutputError, Parity, ShapeParity
     from optimize.profiles.parity import distance
 
-    few, exact_session = session(path, **simulation(scheme)), session(base_path)
+    few, exact_session = session(path, **simulation(scheme, runtime)), session(base_path)
     limit = 10 ** (-FLOOR_DB / 20)
     shapes = []
     for name, sizes in component.shape_sets().items():
@@ -126,7 +128,7 @@ def verified(bundle: Bundle, artifact: Artifact, component: Component) -> str:
     receipt = artifact.receipt
     assert receipt is not None
     base, path = bundle.manifest.artifacts[receipt.base], bundle.path(artifact)
-    parity = proof(path, bundle.path(base), base, receipt.scheme, component)
+    parity = proof(path, bundle.path(base), base, receipt.scheme, receipt.runtime, component)
     chosen = {x.name for x in receipt.layers if x.precision == receipt.scheme}
     sites = tuple(s for s in sites_in(bundle.path(base)) if s.name in chosen)
     placement = Placement(SCHEMES[receipt.scheme], receipt.runtime, receipt.method, sites)
@@ -186,6 +188,7 @@ def receipt_of(work: Work, placement: Placement, quality: list[Quality]) -> Rece
     """Counts each site through all stages. Raises GateError where the counts do not agree."""
     from optimize.compile.records import Layer, Receipt
     from optimize.quantize import receipt as counting
+    from optimize.quantize.scales import method_for
 
     request, path = work.request, work.folder / f"{work.stem}.onnx"
     chosen = [s.name for s in placement.chosen()]
@@ -196,7 +199,10 @@ def receipt_of(work: Work, placement: Placement, quality: list[Quality]) -> Rece
     fused: set[str] | None = None
     if request.runtime == "onnxruntime":
         fused = counting.kernels(path, placement, work.folder)
+    assert work.samples is not None
     lost = [f"{n}: not calibrated" for n in chosen if static and n not in ranged]
+    if static and (placement.calibration is None or placement.calibration.digest != work.samples.digest()):
+        lost.append("calibration: not of these samples")
     lost += [f"{n}: no Q/DQ in the file" for n in chosen if n not in written]
     lost += [f"{n}: ONNX Runtime computes it in floating point" for n in chosen if fused is not None and n not in fused]
     effects = {e.site: e for e in work.effects}
@@ -212,14 +218,13 @@ def receipt_of(work: Work, placement: Placement, quality: list[Quality]) -> Rece
         )
         for s in placement.sites
     ]
-    assert work.samples is not None
     weights = [f for f in work.folder.iterdir() if f.suffix == ".safetensors"]
     before = sum(work.bundle.manifest.artifacts[p].bytes for p in work.base.parents) + work.base.bytes
     receipt = Receipt(
         scheme=request.scheme,
         runtime=request.runtime,
         base=work.base.id,
-        method=request.method if static else "",
+        method=method_for(placement.activations, request.method) if static else "",
         data=work.samples.how,
         samples=len(work.samples) if static else 0,
         budget=" and ".join(request.budget),

@@ -48,7 +48,9 @@ def record_source(
     from optimize.compile.sources import Trust, source_from_text
     from optimize.exporting import components_for, request_from_words
     from optimize.quantize import data
+    from optimize.quantize.texts import check_seed
 
+    check_seed(seed)
     progress = progress or Progress()
     if samples < 1:
         raise InputError("no samples were asked for", got=samples, expected="1 or more", mend="--samples 32")
