@@ -287,7 +287,8 @@ def clip_projected_forward(model: Any, ids: Any) -> tuple[Any, ...]:
 
 
 def text_inputs(config: Config, *names: str) -> tuple[TensorSpec, ...]:
-    fills = {"input_ids": f"ids:{config['vocab_size']}", "attention_mask": "mask", "token_type_ids": "zeros"}
+    fills = {"input_ids": f"ids:{config['vocab_size']}", "attention_mask": "mask"}
+    fills["token_type_ids"] = f"types:{config.get('type_vocab_size') or 1}"
     return tuple(TensorSpec(n, ("batch", "tokens"), "int64", fills[n]) for n in names)
 
 
@@ -377,8 +378,11 @@ def stylegan_io(config: Config) -> Io:
 
 
 def plain_forward(model: Any, *tensors: Any) -> tuple[Any, ...]:
-    out = model(*tensors)
-    return out if isinstance(out, tuple) else (out,)
+    """Whatever holds the outputs: the tensors in it, in its order."""
+    from torch import Tensor
+    from torch.utils._pytree import tree_leaves
+
+    return tuple(leaf for leaf in tree_leaves(model(*tensors)) if isinstance(leaf, Tensor))
 
 
 VAE = (

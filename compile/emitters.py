@@ -38,15 +38,23 @@ LOGICAL: Mapping[str, str] = {"Add": "Or", "Mul": "And", "Max": "Or", "Min": "An
 """What torch's arithmetic is on bools; ONNX has none there."""
 
 
-def inexact(x: Any) -> bool:
-    """A Python number that bf16 would change: torch computes with the number as it is and rounds only the result."""
-    return isinstance(x, int | float) and float(torch.tensor(x, dtype=torch.bfloat16)) != x
+def unheld(x: Any, dtype: torch.dtype) -> bool:
+    """A number or a size that a narrow type would change, or has no place for: torch computes with it as it is and
+    rounds only the result."""
+    if dtype not in (torch.bfloat16, torch.float16) or not isinstance(x, int | float | sympy.Expr):
+        return False
+    if isinstance(x, sympy.Expr) and not x.is_number:
+        return True
+    number = abs(float(x))
+    if dtype == torch.bfloat16:
+        return float(torch.tensor(number, dtype=dtype)) != number
+    return math.isfinite(number) and number != 0 and not 2.0**-14 <= number <= 65504
 
 
 def arithmetic(g: Builder, kind: str, out: Out, a: Any, b: Any) -> Any:
-    """An element-wise operator in the result's type, or in fp32 inside where bf16 would change a number first."""
+    """An element-wise operator in the result's type, or in fp32 inside where that would change a number first."""
     kind = LOGICAL.get(kind, kind) if out.dtype == torch.bool else kind
-    dtype = torch.float32 if out.dtype == torch.bfloat16 and (inexact(a) or inexact(b)) else out.dtype
+    dtype = torch.float32 if unheld(a, out.dtype) or unheld(b, out.dtype) else out.dtype
     value = g.op(kind, operand(g, a, dtype), operand(g, b, dtype), out=Out(out.shape, dtype))
     return value if dtype == out.dtype else g.cast(Tensor(g, out.shape, dtype, emitted=value), out.dtype)
 
@@ -61,8 +69,10 @@ def scaled(kind: str) -> Emitter:
     def emit(g: Builder, out: Out, a: Any, b: Any, alpha: float = 1) -> Any:
         if alpha == 1:
             return arithmetic(g, kind, out, a, b)
-        right = g.op("Mul", operand(g, b, out.dtype), g.scalar(alpha, out.dtype))
-        return g.op(kind, operand(g, a, out.dtype), right, out=out)
+        inner = Out(out.shape, torch.float32 if any(unheld(x, out.dtype) for x in (a, b, alpha)) else out.dtype)
+        right = g.op("Mul", operand(g, b, inner.dtype), g.scalar(alpha, inner.dtype))
+        value = g.op(kind, operand(g, a, inner.dtype), right, out=inner)
+        return value if inner.dtype == out.dtype else g.cast(tensor(g, value, inner), out.dtype)
 
     return emit
 
@@ -158,8 +168,16 @@ def divide(g: Builder, out: Out, a: Any, b: Any, rounding_mode: str | None = Non
     value = g.op("Div", operand(g, a, out.dtype), operand(g, b, out.dtype), out=out)
     if rounding_mode == "trunc" and out.dtype not in FLOATS:
         return value
-    if out.dtype in FLOATS:
-        return g.op("Floor", value, out=out) if rounding_mode == "floor" else truncated(g, out, value)
+    if out.dtype in FLOATS and rounding_mode == "trunc":
+        return truncated(g, out, value)
+    if out.dtype in FLOATS:  # by the remainder, as torch: 1 // 0.1 is 9 though 1 / 0.1 rounds to 10
+        real = Out(out.shape, torch.float32)  # Round knows no bf16 before opset 22
+        whole = g.op("Sub", operand(g, a, out.dtype), remainder(g, out, a, b), out=out)
+        whole = g.op("Div", whole, operand(g, b, out.dtype), out=out)
+        whole = g.op("Round", g.cast(tensor(g, whole, out), real.dtype).value, out=real)
+        shape = b.shape if isinstance(b, Tensor) else ()
+        nothing = g.op("Equal", operand(g, b, out.dtype), g.scalar(0, out.dtype), out=Out(shape, torch.bool))
+        return g.op("Where", nothing, value, g.cast(tensor(g, whole, real), out.dtype).value, out=out)
     # ONNX divides integers towards zero, floor goes down: the remainder's sign says by how much they differ
     rest = g.op("Mod", operand(g, a, out.dtype), operand(g, b, out.dtype), out=out)
     return g.op("Div", g.op("Sub", operand(g, a, out.dtype), rest, out=out), operand(g, b, out.dtype), out=out)
@@ -245,6 +263,16 @@ def convert(g: Builder, out: Out, x: Tensor, *_: Any, **__: Any) -> Any:
 
 
 # --- reductions ------------------------------------------------------------------------------------------------------
+
+
+def truth(kind: str) -> Emitter:
+    """`any` and `all`: 0 or 1, of uint8 in its own type."""
+
+    def emit(g: Builder, out: Out, x: Tensor, dim: Any = None, keepdim: bool = False) -> Any:
+        found = reduce(kind)(g, Out(out.shape, torch.bool), x, dim, keepdim)
+        return found if out.dtype == torch.bool else g.cast(tensor(g, found, Out(out.shape, torch.bool)), out.dtype)
+
+    return emit
 
 
 def reduce(kind: str) -> Emitter:
@@ -917,7 +945,10 @@ def resized(g: Builder, out: Out, x: Tensor, mode: str, align: bool, scales: Seq
     if out.shape == x.shape:
         raise Untranslated({"bicubic interpolation by a scale that leaves the size as it is"})  # runtimes copy
     if mode == "nearest" and any(s != int(s) for s in scales):
-        return taken_nearest(g, out, x, scales)
+        return taken_nearest(g, out, x, [1 / s for s in scales])
+    sides = list(zip(x.shape[2:], out.shape[2:], strict=True))
+    if mode == "nearest" and not scales and not all((sympy.sympify(o) / i).is_Integer for i, o in sides):
+        return taken_nearest(g, out, x, [step_between(g, i, o) for i, o in sides])
     if scales and not align:
         factors = g.constant(torch.tensor([1.0, 1.0, *map(not_below, scales)]))
         return g.op("Resize", x.value, None, factors, out=out, **attributes)
@@ -930,13 +961,23 @@ def not_below(scale: float) -> float:
     return float(near if float(near) >= scale else torch.nextafter(near, torch.tensor(math.inf)))
 
 
-def taken_nearest(g: Builder, out: Out, x: Tensor, scales: Sequence[float]) -> Any:
-    """Pixel `floor(i * (1 / scale))` in fp32, torch's own arithmetic: `i / scale` can come out at its neighbour."""
+def step_between(g: Builder, i: Any, o: Any) -> float | Tensor:
+    """Of a size into another: torch divides them in fp32, and a product with a reciprocal is not the same."""
+    i, o = sympy.sympify(i), sympy.sympify(o)
+    if (i / o).is_number:
+        return float(i / o)
+    real = Out((), torch.float32)
+    return tensor(g, g.op("Div", operand(g, i, real.dtype), operand(g, o, real.dtype), out=real), real)
+
+
+def taken_nearest(g: Builder, out: Out, x: Tensor, steps_in: Sequence[float | Tensor]) -> Any:
+    """Pixel `floor(i * step)` in fp32, torch's own arithmetic, with the step between pixels that are taken:
+    `i / (1 / step)` can come out at its neighbour."""
     value = x.value
-    for axis, scale in enumerate(scales, start=x.rank - len(scales)):
+    for axis, step in enumerate(steps_in, start=x.rank - len(steps_in)):
         whole, real = (Out((out.shape[axis],), dtype) for dtype in (torch.int64, torch.float32))
         steps = tensor(g, arange(g, real, out.shape[axis]), real)
-        places = g.op("Mul", steps.value, g.scalar(1 / scale, torch.float32), out=real)
+        places = g.op("Mul", steps.value, operand(g, step, torch.float32), out=real)
         places = tensor(g, g.op("Floor", places, out=real), real)
         last = operand(g, x.shape[axis] - 1, torch.int64)
         value = g.op("Gather", value, g.op("Min", g.cast(places, torch.int64).value, last, out=whole), axis=axis)
@@ -977,11 +1018,15 @@ def elu(g: Builder, out: Out, x: Tensor, alpha: float = 1, scale: float = 1, inp
 
 
 def softplus(g: Builder, out: Out, x: Tensor, beta: float = 1, threshold: float = 20) -> Any:
-    """`log(1 + exp(beta * x)) / beta`; torch's threshold only guards what ONNX computes without overflow."""
-    if beta == 1:
-        return g.op("Softplus", x.value, out=out)
-    value = g.op("Softplus", g.op("Mul", x.value, g.scalar(beta, x.dtype), out=out), out=out)
-    return g.op("Div", value, g.scalar(beta, x.dtype), out=out)
+    """`log(1 + exp(beta * x)) / beta`, and x above a threshold: torch's own one only guards what ONNX computes without
+    overflow, a lower one shows."""
+    inner = x.value if beta == 1 else g.op("Mul", x.value, g.scalar(beta, x.dtype), out=out)
+    value = g.op("Softplus", inner, out=out)
+    value = value if beta == 1 else g.op("Div", value, g.scalar(beta, x.dtype), out=out)
+    if threshold >= 20:
+        return value
+    above = g.op("Greater", inner, g.scalar(threshold, x.dtype), out=Out(out.shape, torch.bool))
+    return g.op("Where", above, x.value, value, out=out)
 
 
 def aten_layer_norm(
@@ -1189,15 +1234,10 @@ EMITTERS: Mapping[str, Emitter] = {
     ),
     **by_overload(reduce("ReduceMean"), "aten.mean.dim", "aten.mean.default"),
     **by_overload(reduce("ReduceSum"), "aten.sum.dim_IntList", "aten.sum.default"),
-    **by_overload(
-        reduce("ReduceMax"),
-        "aten.amax.default",
-        "aten.any.dim",
-        "aten.any.default",
-        "aten.any.dims",
-        "aten.max.default",
-    ),
-    **by_overload(reduce("ReduceMin"), "aten.amin.default", "aten.all.dim", "aten.all.default", "aten.min.default"),
+    **by_overload(reduce("ReduceMax"), "aten.amax.default", "aten.max.default"),
+    **by_overload(reduce("ReduceMin"), "aten.amin.default", "aten.min.default"),
+    **by_overload(truth("ReduceMax"), "aten.any.dim", "aten.any.default", "aten.any.dims"),
+    **by_overload(truth("ReduceMin"), "aten.all.dim", "aten.all.default"),
     **by_overload(variance(False), "aten.var.default", "aten.var.dim", "aten.var.correction"),
     **by_overload(variance(True), "aten.std.default", "aten.std.dim", "aten.std.correction"),
     "aten.var_mean.correction": lambda g, out, x, dim=None, keepdim=False, **kw: (

@@ -71,6 +71,7 @@ FILLS: Mapping[str, Callable[..., torch.Tensor]] = {
     "guidance": lambda shape, *_: torch.full(shape, 4.0),
     "zeros": lambda shape, *_: torch.zeros(shape),
     "ids": _ids,
+    "types": _ids,
     "clip": _clip,
     "mask": _mask,
     "after": _after,
@@ -87,5 +88,9 @@ def feeds_for(inputs: tuple[TensorSpec, ...], sizes: Sizes, precision: str, seed
         digest = hashlib.sha256(f"{seed}:{spec.name}:{sorted(sizes.items())}".encode()).digest()
         rng = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
         tensor = FILLS[kind](spec.sizes(sizes), rng, sizes, argument)
+        if spec.dtype == "bool" and kind == "normal":
+            tensor = tensor > 0
+            if tensor.ndim and tensor.shape[-1]:
+                tensor[..., 0] = True  # a row of a mask that is all closed means nothing
         feeds[spec.name] = tensor.to(getattr(torch, spec.torch_dtype(precision))).contiguous()
     return feeds

@@ -5,6 +5,7 @@ Every node of the artifact itself is run, at real size and depth; only the order
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,12 +90,14 @@ def run_segments(
     between = {name for s in segments for name in (*s.inputs, *s.outputs)} | {n for f in feeds for n in f}
     known: list[Tensors] = [dict(f) for f in feeds]
     for i, segment in enumerate(segments):
-        part = path.with_name(f"{path.stem}.segment.onnx")
-        ir.save(change(piece_of(model, segment)), part)
-        with OnnxRuntimeRunner(part) as runner:
-            for values in known:
-                values.update(runner.infer({n: values[n] for n in segment.inputs}))
-        part.unlink()
+        part = path.with_name(f".{path.stem}.{os.getpid()}.segment.onnx")
+        try:
+            ir.save(change(piece_of(model, segment)), part)
+            with OnnxRuntimeRunner(part) as runner:
+                for values in known:
+                    values.update(runner.infer({n: values[n] for n in segment.inputs}))
+        finally:
+            part.unlink(missing_ok=True)
         for values in known:
             for name in [n for n in values if n in between and last_use.get(n, -1) <= i and n not in outputs]:
                 del values[name]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib
+import inspect
 import json
 import re
 import sys
@@ -17,6 +19,7 @@ from optimize.errors import InputError, MissingError, OptimizeError
 
 from .adapters import ADAPTERS, Adapter, adapters_for
 from .architectures import ARCHITECTURES, PIPELINES, Architecture
+from .digests import digest_of_file
 from .spec import Axis, Component
 from .trace import with_forward
 from .weights import MemoryWeights, RandomWeights, SafetensorsWeights, Weights
@@ -352,6 +355,8 @@ def transformers_model(
     full = dict(settings.to_dict())
     headed = cls.__name__.startswith(settings.__class__.__name__[:-6]) and "For" in cls.__name__
     full["task_output"] = "logits" if headed else None
+    if config.get("auto_map"):
+        full["code"] = {p.name: digest_of_file(p) for p in sorted(folder.glob("*.py"))}
     return cls.__name__, task_of(cls), partial(make_transformers, cls, settings), full
 
 
@@ -514,12 +519,18 @@ def folder_of_hub(text: str) -> Path:
     import huggingface_hub as hub
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    patterns = ["*.json", "*.safetensors", "*.txt", "*.model"]
+    patterns, folder = ["*.json", "*.safetensors", "*.txt", "*.model"], None
     try:
+        with contextlib.suppress(LocalEntryNotFoundError):
+            folder = Path(hub.snapshot_download(text, allow_patterns=patterns, local_files_only=True))
+            if is_whole(folder):
+                return folder
         try:
-            return Path(hub.snapshot_download(text, allow_patterns=patterns, local_files_only=True))
-        except LocalEntryNotFoundError:
             return Path(hub.snapshot_download(text, allow_patterns=patterns))
+        except (LocalEntryNotFoundError, HfHubHTTPError, OSError):
+            if folder is None:
+                raise
+            return folder  # what is there says what it lacks
     except HFValidationError as e:
         raise InputError(
             f"{text} is neither a folder nor a hub id",
@@ -534,6 +545,17 @@ def folder_of_hub(text: str) -> Path:
             expected="a folder, or a hub id that can be reached",
             mend="check the name and the connection, or name a local folder",
         ) from e
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether each network in a snapshot has its weights: other programs leave its configs alone."""
+    try:
+        configs = [
+            p for p in folder.rglob("config.json") if p.parent == folder or (folder / "model_index.json").exists()
+        ]
+        return bool(configs) and all(weight_files(p.parent, (".safetensors",)) for p in configs)
+    except InputError:  # a shard is not there
+        return False
 
 
 def components_of_factory(rest: str) -> tuple[Component, ...]:
@@ -570,4 +592,10 @@ def components_of_factory(rest: str) -> tuple[Component, ...]:
             expected="one, or a list of them",
             mend="return optimize.Component.from_module(...)",
         )
-    return components
+    try:
+        code = inspect.getsource(module)  # what a forward calls may stand beside its class
+    except (OSError, TypeError):
+        code = ""
+    return tuple(
+        replace(c, config={**c.config, "factory": hashlib.sha256(code.encode()).hexdigest()}) for c in components
+    )

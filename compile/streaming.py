@@ -33,6 +33,13 @@ def set_tensor(module: torch.nn.Module, name: str, value: torch.Tensor) -> None:
         child._buffers[last] = value
 
 
+def slot_of(module: torch.nn.Module, name: str) -> torch.Tensor | None:
+    """The parameter or buffer of that path."""
+    path, _, last = name.rpartition(".")
+    child = module.get_submodule(path)
+    return child._parameters.get(last, child._buffers.get(last))
+
+
 def return_large_blocks() -> None:
     """Freed blocks of a megabyte and more go back to the system at once. glibc raises that limit to 32 MB by itself,
     and weights that come and go then leave holes: SDXL's U-Net, streamed, grew to 4.0 GB; so it stays at 0.7."""
@@ -57,8 +64,11 @@ def streamed_module(
     tied = same_as(module)
     checkpoint = {name: tensor.dtype for name, tensor in module.state_dict(keep_vars=True).items()}
     for prefix, child in module.named_modules():
-        own = [n for n in (*child._parameters, *child._buffers) if f"{prefix}.{n}".lstrip(".") in checkpoint]
-        shapes = {n: slot.shape for n in own if (slot := child._parameters.get(n, child._buffers.get(n))) is not None}
+        own = [*child._parameters, *child._buffers]
+        if isinstance(child, torch.nn.MultiheadAttention):  # reads its child's tensors and never calls it
+            own += [f"out_proj.{n}" for n in child.out_proj._parameters]
+        own = [n for n in own if f"{prefix}.{n}".lstrip(".") in checkpoint]
+        shapes = {n: slot.shape for n in own if (slot := slot_of(child, n)) is not None}
         if not shapes:
             continue
 
@@ -73,7 +83,7 @@ def streamed_module(
 
         def drop(child: torch.nn.Module, *_: Any, shapes: Any = shapes) -> None:
             for n, shape in shapes.items():
-                old = child._parameters[n] if n in child._parameters else child._buffers[n]
+                old = slot_of(child, n)
                 assert old is not None
                 set_tensor(child, n, torch.empty(shape, dtype=old.dtype, device="meta"))
 

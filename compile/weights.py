@@ -287,6 +287,63 @@ def component_of_module(
 
     import torch
 
+    check_inputs(inputs, axes)
+    config = {"module": identity(held, inputs, outputs)}
     return Component(
-        name, role, type(module).__name__, axes, inputs, outputs, build, MemoryWeights(held.state_dict), {}
+        name, role, type(module).__name__, axes, inputs, outputs, build, MemoryWeights(held.state_dict), config
     )
+
+
+def identity(module: torch.nn.Module, inputs: Sequence[TensorSpec], outputs: Sequence[str]) -> str:
+    """A digest of what a module computes beside its weights: the source of its classes, their plain attributes,
+    buffers that are not saved, and what goes in and comes out."""
+    import inspect
+    from dataclasses import asdict
+
+    def source_of(cls: type) -> str:
+        try:
+            return inspect.getsource(cls)
+        except (OSError, TypeError):  # written at a prompt
+            return repr(cls)
+
+    def is_plain(value: Any) -> bool:
+        if isinstance(value, tuple | list):
+            return all(map(is_plain, value))
+        return value is None or isinstance(value, bool | int | float | str)
+
+    classes = {c for m in module.modules() for c in type(m).__mro__}
+    own = sorted(source_of(c) for c in classes if c.__module__.partition(".")[0] not in ("torch", "builtins"))
+    plain = {
+        path: {k: repr(v) for k, v in sorted(vars(m).items()) if is_plain(v)} for path, m in module.named_modules()
+    }
+    saved = set(module.state_dict())
+    rest = MemoryWeights(lambda: {n: b for n, b in module.named_buffers() if n not in saved}).digest()
+    told = [own, plain, rest, [asdict(t) for t in inputs], list(outputs)]
+    return hashlib.sha256(json.dumps(told, default=str).encode()).hexdigest()[:16]
+
+
+def check_inputs(inputs: Sequence[TensorSpec], axes: Mapping[str, Axis]) -> None:
+    """Raises InputError for an input of an unknown type or fill, or with an axis that was not declared."""
+    import torch
+
+    from .feeds import FILLS
+
+    for t in inputs:
+        kind = t.fill.partition(":")[0]
+        for wrong, got, expected in (
+            (
+                t.dtype != "float" and not isinstance(getattr(torch, t.dtype, None), torch.dtype),
+                t.dtype,
+                "float or a torch type such as int64",
+            ),
+            (kind not in FILLS, t.fill, "one of " + ", ".join(FILLS)),
+        ):
+            if wrong:
+                raise InputError(f"input {t.name} is not understood", got=got, expected=expected)
+        if lost := [name for name in t.axis_names() if name not in axes]:
+            raise InputError(
+                f"input {t.name} has an axis that is not declared",
+                got=", ".join(lost),
+                expected="one of " + (", ".join(axes) or "none"),
+                mend=f'add Axis("{lost[0]}", MIN, OPT, MAX), or give the size as a number',
+            )

@@ -68,11 +68,19 @@ def check_dims(name: str, x: Tensor, dims: int, layout: str) -> None:
         raise fail(name, f"{x.dim()} dimensions, {shape(x)}", layout)
 
 
+def casts(x: Tensor) -> bool:
+    """Whether autocast will give all floating-point arguments one type."""
+    import torch
+
+    return x.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(x.device.type)
+
+
 def check_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool) -> None:
     floats = bias if bias is not None and bias.dtype != torch_bool else None
     check_tensors(q=q, k=k, v=v, bias=floats)
     check_forward_only(q, k, v, floats)
-    check_same_dtype(q=q, k=k, v=v)
+    if not casts(q):
+        check_same_dtype(q=q, k=k, v=v)
     for name, x in (("q", q), ("k", k), ("v", v)):
         check_dims(name, x, 4, "[batch, heads, tokens, head_dim]")
     batch, heads, queries, head_dim = q.shape

@@ -24,6 +24,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+barrier = getattr(gl, "barrier", None) or gl.thread_barrier
+"""Its name before Triton 3.7."""
 LOG2E = 1.4426950408889634
 FETCH_REGISTERS, MULTIPLY_REGISTERS = gl.constexpr(24), gl.constexpr(240)
 """For each thread: 4 warps of the one (Triton rounds up) and 8 of the other take 64512 of 65536."""
@@ -43,16 +45,16 @@ def fetch(q, k, v, q_tile, k_ring, v_ring, q_full, k_full, k_free, v_full, v_fre
           queries, keys, CAUSAL: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
           STAGES: gl.constexpr):  # fmt: skip
     """The fetching warp. A place in the ring is refilled when both warpgroups have read it."""
-    mbarrier.expect(q_full, q.nbytes_per_cta)
+    mbarrier.expect(q_full, q.block_type.nbytes)
     tma.async_copy_global_to_shared(q, [batch, head, block * BLOCK_M, 0], q_full, q_tile)
     for i in range(extent(block, queries, keys, CAUSAL, BLOCK_M, BLOCK_N)):
         place = i % STAGES
         again = (i // STAGES & 1) ^ 1
         mbarrier.wait(k_free.index(place), again)
-        mbarrier.expect(k_full.index(place), k.nbytes_per_cta)
+        mbarrier.expect(k_full.index(place), k.block_type.nbytes)
         tma.async_copy_global_to_shared(k, [batch, key_head, i * BLOCK_N, 0], k_full.index(place), k_ring.index(place))
         mbarrier.wait(v_free.index(place), again)
-        mbarrier.expect(v_full.index(place), v.nbytes_per_cta)
+        mbarrier.expect(v_full.index(place), v.block_type.nbytes)
         tma.async_copy_global_to_shared(v, [batch, key_head, i * BLOCK_N, 0], v_full.index(place), v_ring.index(place))
 
 
@@ -151,16 +153,18 @@ def gluon_attention_kernel(q, k, v, out, out_batch, out_head, out_token, heads, 
     q_tile = gl.allocate_shared_memory(q.dtype, q.block_shape, q.layout)
     k_ring = gl.allocate_shared_memory(k.dtype, [STAGES] + k.block_shape, k.layout)  # noqa: RUF005
     v_ring = gl.allocate_shared_memory(v.dtype, [STAGES] + v.block_shape, v.layout)  # noqa: RUF005
-    q_full = mbarrier.allocate_mbarrier()
-    k_full, k_free = mbarrier.allocate_mbarrier(batch=STAGES), mbarrier.allocate_mbarrier(batch=STAGES)
-    v_full, v_free = mbarrier.allocate_mbarrier(batch=STAGES), mbarrier.allocate_mbarrier(batch=STAGES)
+    q_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    k_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     mbarrier.init(q_full, count=1)
     for i in gl.static_range(STAGES):
         mbarrier.init(k_full.index(i), count=1)
         mbarrier.init(k_free.index(i), count=PARTS)
         mbarrier.init(v_full.index(i), count=1)
         mbarrier.init(v_free.index(i), count=PARTS)
-    gl.barrier()  # the fetching warp must not wait on a barrier that is not there yet
+    barrier()  # the fetching warp must not wait on a barrier that is not there yet
     # each tuple stands in place: a variable would make tensors of its constants
     if PARTS == 1:
         gl.warp_specialize([

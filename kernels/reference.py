@@ -18,10 +18,17 @@ def wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+def widening(x: Tensor, *factors: Tensor | None) -> Callable[[Tensor], Tensor]:
+    """`wide`, or nothing where torch's own norm is as good: on a GPU it sums in fp32 whatever the type, and a copy of x
+    in fp32 would take longer than the norm."""
+    same = all(f is None or f.dtype == x.dtype for f in factors)
+    return (lambda t: t) if x.is_cuda and same else wide
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, scale: float) -> Tensor:
     queries, keys = q.shape[2], k.shape[2]
-    mask = bias
-    if causal and queries > 1:
+    mask, square = bias, causal and bias is None and queries == keys  # torch's kernels have a triangle of their own
+    if causal and queries > 1 and not square:
         seen = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
         if mask is None:
             mask = seen
@@ -31,7 +38,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool
             mask = mask.masked_fill(~seen, -torch.inf)
     if mask is not None and mask.dtype != torch.bool:
         mask = mask.to(q.dtype)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    out = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=square, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+    )
     if mask is not None:  # a query that sees no key gives zeros, whichever of torch's ways was taken
         lost = ~mask if mask.dtype == torch.bool else mask == -torch.inf
         out = out.masked_fill(lost.all(-1, keepdim=True), 0.0)
@@ -41,9 +50,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool
 def group_norm(
     x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, activation: str
 ) -> Tensor:
-    y = F.group_norm(
-        wide(x), groups, None if weight is None else wide(weight), None if bias is None else wide(bias), eps
-    )
+    up = widening(x, weight, bias)
+    y = F.group_norm(up(x), groups, None if weight is None else up(weight), None if bias is None else up(bias), eps)
     y = F.silu(y) if activation == "silu" else y
     return y.to(x.dtype).contiguous(memory_format=memory_format_of(x))
 
@@ -64,14 +72,16 @@ def modulated(y: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
 def layer_norm(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, scale: Tensor | None, shift: Tensor | None
 ) -> Tensor:
+    up = widening(x, weight, bias) if scale is None and shift is None else wide
     y = F.layer_norm(
-        wide(x), x.shape[-1:], None if weight is None else wide(weight), None if bias is None else wide(bias), eps
+        up(x), x.shape[-1:], None if weight is None else up(weight), None if bias is None else up(bias), eps
     )
     return modulated(y, scale, shift).to(x.dtype).contiguous()
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float, scale: Tensor | None, shift: Tensor | None) -> Tensor:
-    y = F.rms_norm(wide(x), x.shape[-1:], None if weight is None else wide(weight), eps)
+    up = widening(x, weight) if scale is None and shift is None else wide
+    y = F.rms_norm(up(x), x.shape[-1:], None if weight is None else up(weight), eps)
     return modulated(y, scale, shift).to(x.dtype).contiguous()
 
 

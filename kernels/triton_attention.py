@@ -442,7 +442,7 @@ def launch(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, s
     programs, rows = (k.shape[1], queries * problem.group) if config.pack else (heads, queries)
     blocks = triton.cdiv(rows, config.block_m)
     bias_moves = [0] * 4 if bias is None else strides(bias)
-    dims = [move[3] or 1 for move in moves]
+    dims = [1 if t.shape[3] == 1 else t.stride(3) for t in (q, k, v)]  # 0 where it is expanded
     KERNEL.jit[(batch * programs * blocks,)](
         q, k, v, bias, out, *moves[0][:3], dims[0], *moves[1][:3], dims[1], *moves[2][:3], dims[2],
         *bias_moves, *moves[3][:3], programs, queries, k.shape[2], blocks, scale,

@@ -92,6 +92,13 @@ def digest_of(kernel: Kernel[Any, Any]) -> str:
     return digest_of_module(sys.modules[kernel.jit.fn.__module__])
 
 
+def build_of(kernel: Kernel[Any, Any]) -> str:
+    """The source and its compiler: a config was measured, and found right, with both."""
+    import triton
+
+    return f"{digest_of(kernel)} triton {triton.__version__}"
+
+
 def say(path: Path, why: str) -> None:
     print(f"optimize: {path} is ignored: {why}. Delete it, or tune again.", file=sys.stderr)
 
@@ -116,7 +123,7 @@ def measured_config(path: Path, kernel: Kernel[P, C], problem: P, name: str, sm:
     """The config that this table has for the problem on the device of that name."""
     entry = table_of(path).get(name, {}).get(kernel.name, {})
     measured = entry.get("configs", {}).get(text_of(problem))
-    if measured is None or entry["digest"] != digest_of(kernel):
+    if measured is None or entry["digest"] != build_of(kernel):
         return None
     try:
         config = kernel.config(**measured["config"])
@@ -167,9 +174,17 @@ def forget() -> None:
 
 
 def median_ms(call: Callable[[], Any]) -> float:
-    """With a cold L2. Needs a GPU."""
+    """With a cold L2. Needs a GPU. Replayed from a CUDA graph: Python's part of a launch outlasts a short kernel."""
     import triton
 
+    try:
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            call()
+        call = graph.replay
+    except RuntimeError:  # it cannot be captured
+        torch.cuda.synchronize()
     return float(triton.testing.do_bench(call, return_mode="median"))
 
 
@@ -233,9 +248,9 @@ def write(path: Path, kernel: Kernel[Any, Any], problem: Any, name: str, note: M
         table_of.cache_clear()
         table = table_of(path)
         kernels = table.setdefault(name, {})
-        entry = kernels.setdefault(kernel.name, {"digest": digest_of(kernel), "configs": {}})
-        if entry["digest"] != digest_of(kernel):
-            entry.update(digest=digest_of(kernel), configs={})
+        entry = kernels.setdefault(kernel.name, {"digest": build_of(kernel), "configs": {}})
+        if entry["digest"] != build_of(kernel):
+            entry.update(digest=build_of(kernel), configs={})
         entry["configs"][text_of(problem)] = dict(note)
         with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".json", delete=False) as file:
             file.write(json.dumps(table, indent=1, sort_keys=True) + "\n")
@@ -329,11 +344,12 @@ def interpretable(launch: Launch[Any] | None = None, *, like: int = 0) -> Any:
 
     @functools.wraps(launch)
     def run(*args: Any) -> Any:
-        if TUNING_DEVICE is not None:
-            tune_launch(launch, args, TUNING_DEVICE)
-        if not interpreting():
-            return launch(*args)
-        return widened(launch, args, args[like].dtype)
+        with torch.cuda.device_of(args[like]):  # Triton launches on the current device; nothing for a CPU's tensor
+            if TUNING_DEVICE is not None:
+                tune_launch(launch, args, TUNING_DEVICE)
+            if not interpreting():
+                return launch(*args)
+            return widened(launch, args, args[like].dtype)
 
     return run
 

@@ -197,7 +197,7 @@ def reasons(
     if option.row.quality is not None:
         yield f"cosine {option.row.quality.cosine:.6f}"
     if not option.sure:
-        yield "INCONCLUSIVE: its rounds do not agree; it counts as its slowest one"
+        yield "INCONCLUSIVE: its rounds do not agree; it counts as the upper quartile of them"
     for other in sorted(options, key=lambda o: median(o.at)):
         if median(other.at) < median(option.at):
             yield f"{other.row.candidate} left out: {why_left(option, other, misses[other.row.candidate])}"

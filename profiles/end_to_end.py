@@ -60,6 +60,8 @@ class Typed:
         self.runner.__exit__(*error)
 
     def infer(self, feeds: Feeds) -> dict[str, torch.Tensor]:
+        if getattr(self.runner, "graphs", False):  # binding would capture a graph anew for each call
+            return self.runner.infer(self.typed(feeds))
         return {name: tensor.clone() for name, tensor in self.bind(feeds)().items()}
 
     def bind(self, feeds: Feeds) -> Bound:

@@ -31,12 +31,13 @@ def profile_engine(runner: EngineRunner, feeds: Feeds, runs: int, trace: Path | 
     """Runs an engine with a profiler that is told each layer's time. Its layers run one by one then."""
     import torch
 
-    with runner:
-        run = runner.bind(feeds)
+    plain = type(runner)(runner.path, runner.module)  # a CUDA graph tells a profiler nothing
+    with plain:
+        run = plain.bind(feeds)
         unprofiled = median_ms(run, runs, torch.cuda.synchronize)
-        engine, context = runner._engine, runner._context
-        layers = layers_from_json(inspected(runner, engine, context))
-        recorder = recorder_for(runner.module)
+        engine, context = plain._engine, plain._context
+        layers = layers_from_json(inspected(plain, engine, context))
+        recorder = recorder_for(plain.module)
         context.profiler = recorder
         found = []
         for _ in range(WARM + runs):

@@ -9,7 +9,7 @@ import platform
 import resource
 import subprocess
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -91,6 +91,13 @@ def commit() -> str:
 
 
 # --- load ------------------------------------------------------------------------------------------------------------
+
+
+def together(loads: Sequence[Load]) -> Load:
+    """Of several runs that one record is made of: the worst of them, and whatever any of them saw."""
+    worst = max(loads, key=lambda x: max(x.others, x.stolen))
+    throttled = tuple(sorted({why for x in loads for why in x.gpu_throttled}))
+    return worst.model_copy(update={"busy": any(x.busy for x in loads), "gpu_throttled": throttled})
 
 
 class Meter:

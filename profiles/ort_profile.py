@@ -17,6 +17,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from optimize.compile.runners import OnnxRuntimeRunner
 
 from .counts import COUNTS, PRODUCTS
@@ -79,7 +81,9 @@ class TracedRunner(OnnxRuntimeRunner):
 def profile_session(runner: OnnxRuntimeRunner, feeds: Feeds, runs: int, trace: Path | None) -> Profiled:
     """Runs it with and without its profiler, one session after the other."""
     with runner:
-        unprofiled = median_ms(runner.bind(feeds), runs)
+        unprofiled = median_ms(
+            runner.bind(feeds), runs, torch.cuda.synchronize if runner.device != "cpu" else lambda: None
+        )
     with tempfile.TemporaryDirectory() as folder:
         with TracedRunner(runner, Path(folder)) as traced:
             run = traced.bind(feeds)

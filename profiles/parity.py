@@ -19,9 +19,10 @@ from optimize.compile.feeds import feeds_for
 from optimize.compile.records import OutputError, Parity, ShapeParity
 from optimize.compile.runners import EagerRunner
 from optimize.compile.spec import Component
-from optimize.errors import GateError
+from optimize.errors import GateError, InputError
 
 FP32_LIMIT = 1e-4
+FAR = 1e4
 EAGER_FACTOR = 1.05
 MANY, FEW_DRAWS, MANY_DRAWS = 32768, 4, 32
 ROUNDING = {"fp16": 2.0**-11, "bf16": 2.0**-8}
@@ -71,10 +72,22 @@ def references(
 
     with EagerRunner(component, "fp32", streamed=streamed) as eager:
         cases = [drawn(name, 0) for name in sets]
-        exact = eager.infer_all([widened(feeds) for _, _, feeds in cases])
+        try:
+            exact = eager.infer_all([widened(feeds) for _, _, feeds in cases])
+        except IndexError as e:
+            raise InputError(
+                f"the forward of {component.name} fails on sample feeds",
+                got=f"{type(e).__name__}: {e}",
+                expected="inputs that it takes",
+                mend='say what an input holds, as TensorSpec("ids", ..., fill="ids:1000")',
+            ) from e
         if precision != "fp32":
             least = {name: min(t.numel() for t in out.values()) for (name, _, _), out in zip(cases, exact, strict=True)}
-            more = [drawn(name, seed) for name in sets for seed in range(1, min(draws, math.ceil(MANY / least[name])))]
+            more = [
+                drawn(name, seed)
+                for name in sets
+                for seed in range(1, min(draws, math.ceil(MANY / max(least[name], 1))))
+            ]
             cases += more
             exact += eager.infer_all([widened(feeds) for _, _, feeds in more])
     own: Sequence[Tensors | None] = [None] * len(cases)
@@ -109,28 +122,47 @@ def error_of(name: str, results: list[tuple[Reference, Tensors]]) -> OutputError
     got = [outputs[name] for _, outputs in results]
     exact = [r.exact[name] for r, _ in results]
     own = [r.own[name] for r, _ in results if r.own is not None]
-    relative, worst = distance(got, exact)
+    relative, worst = distance(got, exact, own)
     return OutputError(
         name=name,
         relative=relative,
         worst=worst,
         finite=all(bool(torch.isfinite(t.float()).all()) for t in got),
-        eager=distance(own, exact)[0] if own else None,
+        eager=distance(own, exact, got)[0] if own else None,
     )
 
 
-def distance(got: Sequence[torch.Tensor], exact: Sequence[torch.Tensor]) -> tuple[float, float]:
-    """(L2, largest) difference of several tensors together, relative to the reference's norm and largest magnitude."""
+def distance(
+    got: Sequence[torch.Tensor], exact: Sequence[torch.Tensor], other: Sequence[torch.Tensor] = ()
+) -> tuple[float, float]:
+    """(L2, largest) difference of several tensors together, relative to the reference's norm and largest magnitude. Of
+    whole numbers the share that differs: ids have no size. `other` is what the same precision gives elsewhere."""
     if any(a.shape != b.shape for a, b in zip(got, exact, strict=True)):
         return math.inf, math.inf
     a, b = (torch.cat([t.double().reshape(-1) for t in tensors]) for tensors in (got, exact))
     if not b.numel():
         return 0.0, 0.0
+    if not exact[0].is_floating_point():
+        share = float((a != b).double().mean())
+        return share, share
     same = a == b  # infinities that agree (a mask) are no difference
-    difference, size = torch.where(same, 0.0, a - b), torch.where(same & ~torch.isfinite(b), 0.0, b)
+    fits = bool(other) and all(o.shape == e.shape for o, e in zip(other, exact, strict=True))
+    agrees = same | (a == torch.cat([t.double().reshape(-1) for t in other])) if fits else same
+    hidden = masked(agrees & torch.isfinite(a), b) | (same & ~torch.isfinite(b))
+    difference, size = torch.where(same | hidden, 0.0, a - b), torch.where(hidden, 0.0, b)
     relative = float(torch.linalg.vector_norm(difference)) / max(float(torch.linalg.vector_norm(size)), 1e-30)
     worst = float(difference.abs().max()) / max(float(size.abs().max()), 1e-30)
     return (math.inf if math.isnan(relative) else relative), (math.inf if math.isnan(worst) else worst)
+
+
+def masked(agrees: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
+    """Where a mask's number stands: what agrees and is ten thousand times larger than all the rest is not the output's
+    size, and would hide any error of what is."""
+    far = agrees & torch.isfinite(exact) & (exact.abs() >= FAR)
+    rest = exact[~far].abs()
+    rest = rest[torch.isfinite(rest)]
+    hides = bool(far.any()) and bool(rest.numel()) and bool(exact[far].abs().min() > FAR * rest.max())
+    return far if hides else torch.zeros_like(far)
 
 
 def within(error: OutputError, precision: str) -> bool:

@@ -170,7 +170,7 @@ def rounds_of(
                 make = partial(sides[name].burst, settings.burst_ms / turns, warmup_ms, settings.cold_cache)
                 try:
                     parts[name].append(pace.burst(make) if pace else make())
-                except SideFailedError as e:
+                except OptimizeError as e:
                     failed[name] = str(e)
                     del parts[name], found[name]
         for name, bursts in parts.items():

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.autograd import DeviceType  # type: ignore[attr-defined]
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from .compiled_code import KernelOrigins, named_kernels
@@ -164,7 +165,7 @@ def recorded(run: Callable[[], Any], runs: int, wait: Callable[[], Any], cuda: b
 def runs_of(prof: profile, cuda: bool, origins: KernelOrigins | None) -> Iterator[Run]:
     """Each run with its pieces. Times of events are microseconds."""
     for event in prof.events() or ():
-        if event.name == RUN:
+        if event.name == RUN and event.device_type == DeviceType.CPU:  # a GPU's activity has another of that name
             reading = origins.reading() if origins is not None else None
             pieces: list[Piece] = []
             for top, module, region in outermost(event):

@@ -10,7 +10,7 @@ from optimize.compile.runners import Feeds
 from optimize.compile.spec import Axis, TensorSpec, dim_terms, size_of
 from optimize.errors import InputError
 
-IDS = ("ids", "clip")
+IDS = ("ids", "clip", "types")
 """Fills of inputs that are places in a table: `ids:1000` has rows 0 to 999."""
 
 

@@ -54,7 +54,11 @@ text-to-image pipeline has no image but those that it decodes."""
 HARMLESS = ("return_dict", "output_hidden_states", "output_attentions", "use_cache", "conditioning_scale")
 """Arguments that are not inputs of ours and change nothing of what flows in."""
 
-ABSENT: Mapping[str, Callable[[tuple[int, ...]], torch.Tensor]] = {"mask": torch.ones, "zeros": torch.zeros}
+ABSENT: Mapping[str, Callable[[tuple[int, ...]], torch.Tensor]] = {
+    "mask": torch.ones,
+    "types": torch.zeros,
+    "zeros": torch.zeros,
+}
 """Fill of an input that a call left out -> what the module takes it to be."""
 
 

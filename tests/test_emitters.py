@@ -7,7 +7,7 @@ with eager at the traced sizes, at others, and at the smallest; integers and boo
 import math
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import onnx
@@ -116,10 +116,11 @@ def component_of(c: Case) -> Component:
     module = c.fn if isinstance(c.fn, nn.Module) else Fn(c.fn)
     names = {name for spec in c.inputs for name in spec.axis_names()}
     axes = [axis for name, axis in AXES.items() if name in names]
-    probe = Component.from_module(module, c.inputs, ("y",), axes)
+    inputs = [replace(spec, fill="normal") for spec in c.inputs]  # `feeds_of` fills them in its own ways
+    probe = Component.from_module(module, inputs, ("y",), axes)
     results = module.eval()(*feeds_of(c, probe.shape_sets()["traced"]).values())
     outputs = tuple(f"y{i}" for i in range(len(results))) if isinstance(results, tuple) else ("y",)
-    return Component.from_module(module, c.inputs, outputs, axes)
+    return Component.from_module(module, inputs, outputs, axes)
 
 
 def feeds_of(c: Case, sizes: dict[str, int], precision: str | None = "fp32") -> dict[str, torch.Tensor]:
@@ -243,6 +244,18 @@ ARITHMETIC = (
         ),
         i64("b", 63),
         divisors(63),
+    ),
+    case("div floor of whole floats", lambda x: (x // 0.1, x // -0.3, x // 0.0), f("b", 63, fill="-9..9")),
+    case(
+        "numbers that fp16 has no place for",
+        lambda x: (
+            x / (x.shape[1] * 66000) * x.shape[1] * 60000,
+            (x * 0) * -1e9,
+            torch.add(x * 0, x * 60000, alpha=1e-5),
+            x / 70000 * 60000,
+        ),
+        f("b", "t", 7),
+        precision="fp16",
     ),
     case(
         "div trunc",
@@ -451,7 +464,13 @@ UNARY = (
     ),
     case(
         "softplus",
-        lambda x: (F.softplus(x), F.softplus(x, 2.0), F.softplus(x, beta=0.5, threshold=30), F.mish(x)),
+        lambda x: (
+            F.softplus(x),
+            F.softplus(x, 2.0),
+            F.softplus(x, beta=0.5, threshold=30),
+            F.softplus(x, 1.5, 0.3),
+            F.mish(x),
+        ),
         f(*bt7),
     ),
     case(
@@ -600,6 +619,11 @@ REDUCTIONS = (
         "any",
         lambda x: (x.any(), x.any(0), x.any(-1, keepdim=True), x.all(), x.all(0), x.all(-1), A.any.dims(x, [0, 1])),
         flag("b", 2, 3),
+    ),
+    case(
+        "any bytes",
+        lambda x: (x.any(), x.any(0), x.all(1), A.any.dims(x, [0, 1])),
+        i64("b", 7, fill="0..2", dtype="uint8"),
     ),
     case("any ints", lambda x: (x.any(), x.any(0), x.all(0), x.all(-1, keepdim=True)), i64("b", 7, fill="-2..1")),
     case(
@@ -1455,6 +1479,11 @@ CONVOLUTIONS = (
     ),
     # pixel_shuffle, resize, upsample
     case("pixel shuffle", lambda x: (F.pixel_shuffle(x, 2), F.pixel_shuffle(x, 1)), f("b", 8, "n", 5)),
+    case(
+        "resize nearest to a neighbour",
+        lambda x: (F.interpolate(x, (16, 16)), F.interpolate(x, (9, 28))),
+        f("b", 3, 14, 14),
+    ),
     case(
         "resize nearest",
         lambda x: (

@@ -169,3 +169,101 @@ def test_proved_in_segments_where_memory_is_short(tmp_path: Path) -> None:
     assert parities[0] is not None and parities[1] is not None
     assert parities[0].passed and parities[1].passed
     assert parities[0].how == "whole" and parities[0].worst == pytest.approx(parities[1].worst, rel=0.5)
+
+
+class Step(torch.nn.Module):
+    def __init__(self, slope: float = 0.1) -> None:
+        super().__init__()
+        self.linear, self.slope = torch.nn.Linear(7, 7), slope
+        self.register_buffer("late", torch.ones(7), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.leaky_relu(self.linear(x), self.slope) * self.late
+
+
+class Other(Step):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.gelu(self.linear(x)) * self.late
+
+
+def test_a_module_that_computes_something_else_is_another_one() -> None:
+    """The same weights: only code, attributes, buffers that are not saved, or names differ."""
+    from optimize.exporting import key_of_source
+
+    def key(module: torch.nn.Module, output: str = "y", fill: str = "normal") -> str:
+        module.load_state_dict(state)
+        inputs = [optimize.TensorSpec("x", ("batch", 7), fill=fill)]
+        component = optimize.Component.from_module(module, inputs, [output], [optimize.Axis("batch", 1, 1, 7)])
+        return json.dumps(key_of_source(component, "fp32"))
+
+    state, moved = Step().state_dict(), Step()
+    moved.late += 1
+    keys = [key(Step()), key(Other()), key(Step(0.2)), key(moved), key(Step(), "z"), key(Step(), fill="zeros")]
+    assert len(set(keys)) == len(keys) and key(Step()) == keys[0]
+
+
+@pytest.mark.parametrize(
+    ("spec", "said"),
+    [
+        (optimize.TensorSpec("x", ("batch", 7), fill="id:100"), "input x is not understood"),
+        (optimize.TensorSpec("x", ("batch", 7), "int46"), "input x is not understood"),
+        (optimize.TensorSpec("x", ("rows", 7)), "axis that is not declared"),
+    ],
+)
+def test_inputs_that_make_no_sense_are_refused(spec: optimize.TensorSpec, said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        optimize.Component.from_module(Step(), [spec], ["y"], [optimize.Axis("batch", 1, 1, 7)])
+
+
+FACTORY = """
+import optimize, torch
+
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table = torch.nn.Embedding(63, 7)
+
+    def forward(self, image, mask, ids):
+        x = image.float() / 255
+        return {"y": torch.where(mask, x, -1e9).softmax(-1), "rest": [x * mask, self.table(ids)]}
+
+def net(fill="ids:63"):
+    torch.manual_seed(0)
+    inputs = [
+        optimize.TensorSpec("image", ("batch", "n"), "uint8", "ids:255"),
+        optimize.TensorSpec("mask", ("batch", "n"), "bool"),
+        optimize.TensorSpec("ids", ("batch", "n"), "int64", fill),
+    ]
+    axes = [optimize.Axis("batch", 1, 2, 7), optimize.Axis("n", 1, 7, 77)]
+    return optimize.Component.from_module(Net().eval(), inputs, ["y", "open", "rows"], axes, name="net")
+
+def lost():
+    return net("normal")
+"""
+
+
+def test_bytes_masks_and_outputs_in_a_dict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An input in uint8, a mask that is not all open, outputs in a dict and a list."""
+    (tmp_path / "my_net.py").write_text(FACTORY)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    for precision in ("fp32", "fp16"):
+        optimize.export("python:my_net:net", tmp_path / "b", precisions=[precision])
+    assert {v.state for v in optimize.verify(tmp_path / "b", trust_remote_code=True)} == {"passed"}
+    with pytest.raises(InputError, match="fails on sample feeds"):
+        optimize.export("python:my_net:lost", tmp_path / "c")
+
+
+def test_masks_are_not_all_open() -> None:
+    from optimize.compile.feeds import feeds_for
+
+    mask = feeds_for((optimize.TensorSpec("m", (63, 77), "bool"),), {}, "fp32")["m"]
+    assert mask[:, 0].all() and 0.3 < mask.float().mean() < 0.7
+
+
+def test_an_artifact_is_verified_with_its_own_axes(tmp_path: Path) -> None:
+    """A later export of another precision has others: the first one's graph is static."""
+    words = {"components": ["text_encoder"]}
+    optimize.export("demo", tmp_path / "b", axes=["tokens=7", "batch=1"], **words)
+    optimize.export("demo", tmp_path / "b", precisions=["fp16"], **words)
+    assert {v.state for v in optimize.verify(tmp_path / "b")} == {"passed"}

@@ -99,6 +99,14 @@ def test_attention(queries: int, keys: int, head: int, heads: int, dtype: torch.
     agree(got, K.attention(*feeds.values(), scale=0.3), dtype)
 
 
+def test_mixed_types_are_cast_by_autocast_and_refused_without() -> None:
+    q, k, v = torch.randn(1, 2, 7, 16), torch.randn(1, 2, 9, 16), torch.randn(1, 2, 9, 16).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert K.attention(q, k, v).dtype == torch.bfloat16
+    with pytest.raises(TypeError, match="expected"):
+        K.attention(q, k, v)
+
+
 @BOTH
 def test_causal_attention(dtype: torch.dtype) -> None:
     feeds = drawn(dtype, q=(2, 4, 63, 40), k=(2, 2, 63, 40), v=(2, 2, 63, 40))

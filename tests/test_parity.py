@@ -52,8 +52,13 @@ def t(*numbers, **options):
         (torch.empty(0, 3), torch.empty(0, 3), (0.0, 0.0)),
         (torch.empty(0, 3), torch.empty(3, 0), (INF, INF)),
         (t(1, 2, 3), t(1, 2, 3), (0.0, 0.0)),
-        (t(1, 2, 4), t(1, 2, 2), (2 / 3, 1.0)),
-        (t(True, False), t(True, True), (0.5**0.5, 1.0)),
+        (t(1, 2, 4), t(1, 2, 2), (1 / 3, 1 / 3)),  # ids have no size: the share that differs
+        (t(50_001, 7), t(50_000, 7), (0.5, 0.5)),
+        (t(True, False), t(True, True), (0.5, 0.5)),
+        (t(-1e9, 3.0), t(-1e9, 2.0), (0.5, 0.5)),  # a mask's number is not the output's size
+        (t(-1e9, -1e9), t(-1e9, -1e9), (0.0, 0.0)),
+        (t(-1e9, 2.0), t(2.0, 2.0), (353553391.3, 500000001.0)),
+        (t(1e5, 3e4), t(1e5, 2e4), (1e4 / (1e10 + 4e8) ** 0.5, 0.1)),  # large numbers of an output are its own
         (t(1.0, 2.0, dtype=torch.float16), t(1.0, 2.0), (0.0, 0.0)),
         (t(1.5, dtype=torch.bfloat16), t(1.0), (0.5, 0.5)),
         (t(1e200, dtype=torch.float64), t(1.0, dtype=torch.float64), (1e200, 1e200)),
@@ -61,6 +66,13 @@ def t(*numbers, **options):
 )
 def test_distance(got, exact, expected):
     assert distance([got], [exact]) == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_mask_of_another_precision_does_not_hide_errors_either():
+    """Eager fp16 and the artifact have -65504 where fp32 has its own lowest number."""
+    exact, low = t(torch.finfo(torch.float32).min, 2.0), t(-65504.0, 2.5)
+    assert distance([low], [exact], [t(-65504.0, 2.0)]) == pytest.approx((0.25, 0.25))
+    assert distance([low], [exact])[0] == pytest.approx(1.0)
 
 
 def test_distance_over_a_reference_of_zeros_is_huge_but_finite():

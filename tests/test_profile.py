@@ -214,7 +214,8 @@ def test_nodes_on_another_provider_are_named(bundle: Path) -> None:
         check_placement(runner._session, "CPUExecutionProvider", path)
         with pytest.raises(MissingError, match=r"would run \d+ nodes .* on another provider") as e:
             check_placement(Moved(runner._session), "CUDAExecutionProvider", path)
-    assert "on CPUExecutionProvider" in str(e.value) and "(Shape)" in str(e.value)
+    assert "on CPUExecutionProvider" in str(e.value) and "(Gather)" in str(e.value)
+    assert "(Shape)" not in str(e.value), "sizes are computed where sizes are: on the CPU"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="skipped: needs a machine without a GPU")
@@ -236,6 +237,43 @@ def test_a_backend_that_is_killed_is_a_row_and_the_others_go_on(mixers: None) ->
     dead = row_of(record, "eager bf16")
     assert dead.state == "failed" and "signal 9" in dead.why
     assert row_of(record, "eager fp32").timing
+
+
+def test_outputs_that_are_not_finite_on_real_samples_are_a_failure(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Random feeds are right: only the samples show it, and nothing may pick such a row."""
+    from optimize.profiles import judging
+
+    judged = judging.quality_of_row
+
+    def broken(pairs: Any, data: str) -> Any:
+        row = judged(pairs, data)
+        return row.model_copy(update={"cosine": float("nan")}) if len(asked) > 1 else row
+
+    asked: list[str] = []
+    prepare = measuring.prepare
+    monkeypatch.setattr(measuring, "prepare", lambda *args: (asked.append(args[2]), prepare(*args))[1])
+    monkeypatch.setattr(judging, "quality_of_row", broken)
+    record = in_process(bundle, "eager", "onnxruntime")
+    row = row_of(record, "onnxruntime fp32")
+    assert row.state == "failed" and "not finite on real samples" in row.why
+    assert record.choice is not None and {p.backend for p in record.choice.picks} == {"eager"}
+
+
+def test_an_error_after_the_measurement_loses_nothing(
+    mixers: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from optimize.profiles import operators
+
+    def out_of_memory(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("CUDA out of memory")
+
+    monkeypatch.setattr(operators, "breakdown_of", out_of_memory)
+    words: dict[str, Any] = {"backends": ["eager"], "trust_remote_code": True, "isolated": False, **QUICK}
+    record = optimize.profile(SOURCE, report=tmp_path / "r", **{**words, "operators": "picks"})
+    assert any("no breakdown: RuntimeError: CUDA out of memory" in note for note in record.notes)
+    assert profile_from_file(tmp_path / "r" / "profile.json").rows[0].timing
 
 
 def test_a_backend_that_raises_says_so_in_its_row(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -262,6 +300,11 @@ def test_a_killed_run_keeps_what_it_measured_and_goes_on(
     def rows_of(task: measuring.Task) -> list[Row]:
         asked.append(task.component.name)
         if asked.count("vae_decoder") == 1 and asked[-1] == "vae_decoder":
+            partial = tmp_path / "r" / profiling.PARTIAL
+            known = json.loads(partial.read_text())
+            for entry in known.values():
+                entry["load"] |= {"busy": True, "others": 0.77}
+            partial.write_text(json.dumps(known))
             raise KeyboardInterrupt
         return measuring.rows_of(task)
 
@@ -273,6 +316,7 @@ def test_a_killed_run_keeps_what_it_measured_and_goes_on(
     assert asked == ["text_encoder", "vae_decoder", "vae_decoder"]
     assert any("text_encoder: measured before this run was interrupted" in n for n in record.notes)
     assert {r.component for r in record.rows} == {"text_encoder", "vae_decoder"}
+    assert record.load.busy and record.load.others == 0.77, "its rows were measured on a busy machine"
     assert sorted(p.name for p in (tmp_path / "r").iterdir()) == ["profile.json"]
     optimize.profile(bundle, **{**words, "seed": 1})
     assert asked[3:] == ["text_encoder", "vae_decoder"]  # nothing of a finished run is taken for another one's
@@ -291,6 +335,8 @@ def test_a_killed_run_keeps_what_it_measured_and_goes_on(
         ({"shapes": ["a=batch:1", "a=batch:2"]}, "given twice"),
         ({"components": ["unets"]}, "no component unets"),
         ({"rounds": 1}, "--rounds is too small"),
+        ({"burst_ms": 0.0}, "--burst is no time"),
+        ({"burst_ms": float("inf")}, "--burst is no time"),
         ({"samples": -1}, "--samples is below zero"),
         ({"precisions": ["fp15"]}, "unknown precision fp15"),
         ({"threads": 9999}, "--threads does not fit this machine"),

@@ -100,3 +100,12 @@ def test_groups_keep_order_and_stay_small(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(streaming, "TOGETHER", 10)
     given = [{"x": torch.zeros(n)} for n in (4, 6, 1, 20, 3)]
     assert [[f["x"].numel() for f in g] for g in groups_of(given)] == [[4, 6], [1], [20], [3]]
+
+
+def test_attention_that_reads_its_childs_weights() -> None:
+    """torch's MultiheadAttention takes `out_proj.weight` itself and never calls `out_proj`."""
+    layer = torch.nn.TransformerEncoderLayer(16, 4, 32, dropout=0.0, batch_first=True).eval()
+    component = component_of(layer)
+    feeds = feeds_for(component.inputs, {"batch": 2, "tokens": 7}, "fp32")
+    with EagerRunner(component, streamed=True) as streamed, EagerRunner(component) as whole:
+        torch.testing.assert_close(streamed.infer(feeds)["y"], whole.infer(feeds)["y"])

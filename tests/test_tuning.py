@@ -51,7 +51,7 @@ def test_what_was_written_is_found_for_that_device_and_problem_alone(cache: Path
 def test_what_other_source_measured_does_not_count(cache: Path) -> None:
     tuning.write(cache, KERNEL, PROBLEM, NAME, note(OTHER))
     table = json.loads(cache.read_text())
-    assert table[NAME]["attention"]["digest"] == tuning.digest_of(KERNEL)
+    assert table[NAME]["attention"]["digest"] == tuning.build_of(KERNEL)
     table[NAME]["attention"]["digest"] = "0" * 64
     cache.write_text(json.dumps(table))
     tuning.forget()
@@ -164,7 +164,7 @@ def test_the_shipped_table_is_of_this_source() -> None:
         pytest.skip("needs kernels/tuned.json, which the GPU suite writes")
     from optimize.kernels import aot
 
-    digests = {aot.kernel_of(name).name: tuning.digest_of(aot.kernel_of(name)) for name in aot.KERNELS}
+    digests = {aot.kernel_of(name).name: tuning.build_of(aot.kernel_of(name)) for name in aot.KERNELS}
     for kernels in tuning.table_of(tuning.SHIPPED).values():
         for name, entry in kernels.items():
             assert entry["digest"] == digests[name], f"{name} changed since it was tuned: run make gpu"

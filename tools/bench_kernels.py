@@ -118,7 +118,7 @@ def measured_case(case: Case, timer: Timer, device: torch.device, rounds: int, l
         try:
             sides[name] = {"error": error(call())}
             ready[name] = timer.ready(call)
-        except (RuntimeError, ValueError, OptimizeError) as e:  # a backend that does not serve this shape says so
+        except Exception as e:  # a backend that does not serve this shape says so; Triton's errors have no common type
             sides[name] = {"state": "declined", "why": " ".join(str(e).split())[:300]}
     torchs = [s["error"] for n, s in sides.items() if n in ("default", "eager") and "error" in s]
     for name in list(ready):
@@ -226,9 +226,8 @@ def measured_family(family: str, device: torch.device, rounds: int, *, slow: boo
         if case.slow and not slow:
             continue
         with torch.no_grad():
-            if tune:
-                tuned_case(case, device)
-            cases.append(measured_case(case, timer, device, rounds, limits))
+            why = tuned_case(case, device) if tune else ""
+            cases.append({**measured_case(case, timer, device, rounds, limits), **({"untuned": why} if why else {})})
         bench_machine.say(line_of(cases[-1]))
     return {
         "schema": SCHEMA,
@@ -245,12 +244,17 @@ def measured_family(family: str, device: torch.device, rounds: int, *, slow: boo
     }
 
 
-def tuned_case(case: Case, device: torch.device) -> None:
-    """Runs ours once with tuning on: each kernel measures its search space for the problem that it meets."""
+def tuned_case(case: Case, device: torch.device) -> str:
+    """Runs ours once with tuning on: each kernel measures its search space for the problem that it meets. Gives why it
+    could not be: the other cases go on."""
     from optimize.kernels import tuning
 
-    with tuning.tuning_on(device):
-        case.sides(device).calls["ours"]()
+    try:
+        with tuning.tuning_on(device):
+            case.sides(device).calls["ours"]()
+    except Exception as e:
+        return " ".join(f"{type(e).__name__}: {e}".split())[:300]
+    return ""
 
 
 def line_of(row: Mapping[str, Any]) -> str:
@@ -314,12 +318,16 @@ def threshold_of(rows: Sequence[tuple[int, int, bool]]) -> dict[str, int] | None
     return {"min_work": -least, "max_width": most}
 
 
+OWN = ("reference", "default", "eager")
+"""What `auto` runs where it does not take Triton, and where that is no side of a case what stands for it."""
+
+
 def thresholds_from(cases: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, int]]:
     """Operation -> where `auto` takes Triton. An operation that nowhere won has none."""
     rows: dict[str, list[tuple[int, int, bool]]] = {}
     for case in cases:
         sides = case["sides"]
-        own = next((sides[n] for n in ("default", "eager") if sides.get(n, {}).get("state") == "measured"), None)
+        own = next((sides[n] for n in OWN if sides.get(n, {}).get("state") == "measured"), None)
         if case["operation"] and own is not None:
             won = sides["ours"]["state"] == "measured" and sides["ours"]["median_ms"] < own["median_ms"]
             rows.setdefault(case["operation"], []).append((*case["size"], won))

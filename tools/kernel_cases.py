@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -148,7 +148,7 @@ def attention_sides(h: Heads) -> Callable[[torch.device], Sides]:
         rows = torch.randperm(h.queries, device=device)[:ROWS]
         exact = exact_attention(q, k, v, causal, rows)
         calls: dict[str, Call] = {
-            "ours": lambda: K.attention(q, k, v, causal=causal, impl="triton" if q.is_cuda else "reference"),
+            "ours": lambda: K.attention(q, k, v, causal=causal, impl=impl_on(q)),
             "default": lambda: F.scaled_dot_product_attention(
                 q, k, v, is_causal=causal, enable_gqa=h.heads != h.kv_heads
             ),
@@ -192,6 +192,10 @@ ATTENTION: tuple[Case, ...] = (
 # --- norms -----------------------------------------------------------------------------------------------------------
 
 
+def impl_on(x: Tensor) -> Literal["triton", "reference"]:
+    return "triton" if x.is_cuda else "reference"
+
+
 @dataclass(frozen=True)
 class Norm:
     """A norm over [batch, tokens, channels]: RMS or layer, with a gated residual before and a modulation after."""
@@ -207,8 +211,10 @@ class Norm:
         y = y * (1 + scale[:, None]) + shift[:, None] if self.modulated else y
         return (y, total) if self.residual else y
 
-    def ours(self, x: Tensor, residual: Tensor, gate: Tensor, scale: Tensor, shift: Tensor, weight: Tensor) -> Any:
-        words: dict[str, Any] = {"impl": "triton" if x.is_cuda else "reference", "eps": 1e-6}
+    def ours(
+        self, impl: str, x: Tensor, residual: Tensor, gate: Tensor, scale: Tensor, shift: Tensor, weight: Tensor
+    ) -> Any:
+        words: dict[str, Any] = {"impl": impl, "eps": 1e-6}
         words |= {"residual": residual, "gate": gate} if self.residual else {}
         words |= {"scale": scale, "shift": shift} if self.modulated else {}
         return K.rms_norm(x, weight, **words) if self.rms else K.layer_norm(x, weight, **words)
@@ -229,9 +235,11 @@ def norm_sides(norm: Norm, batch: int, tokens: int, channels: int) -> Callable[[
         feeds = (x, residual, *vectors, weight)
         rows = slice(0, min(tokens, ROWS))
         exact = first(norm.eager(*(t[:, rows].double() for t in feeds[:2]), *(t.double() for t in feeds[2:])))
-        calls: dict[str, Call] = {"ours": lambda: norm.ours(*feeds), "eager": lambda: norm.eager(*feeds)}
+        calls: dict[str, Call] = {"ours": lambda: norm.ours(impl_on(x), *feeds), "eager": lambda: norm.eager(*feeds)}
         if device.type == "cuda":
-            compiled: Any = torch.compile(norm.eager, dynamic=False)
+            calls["reference"] = lambda: norm.ours("reference", *feeds)
+            torch._dynamo.reset()  # beyond eight shapes of one function it would run eagerly
+            compiled: Any = torch.compile(norm.eager, dynamic=False, fullgraph=True)
             calls["torch.compile"] = lambda: compiled(*feeds)
         return Sides(calls, lambda out: relative(first(out)[:, rows], exact))
 
@@ -282,11 +290,12 @@ def group_norm_sides(shape: tuple[int, int, int, int], channels_last: bool) -> C
 
         group = shape[1] // 32  # one group is compared: all of its positions count
         exact = F.silu(F.group_norm(x[:, :group].double(), 1, weight[:group].double(), bias[:group].double(), 1e-6))
-        impl: Any = "triton" if x.is_cuda else "reference"
         calls: dict[str, Call] = {
-            "ours": lambda: K.group_norm(x, 32, weight, bias, 1e-6, activation="silu", impl=impl),
+            "ours": lambda: K.group_norm(x, 32, weight, bias, 1e-6, activation="silu", impl=impl_on(x)),
             "eager": lambda: eager(x, weight, bias),
         }
+        if device.type == "cuda":
+            calls["reference"] = lambda: K.group_norm(x, 32, weight, bias, 1e-6, activation="silu", impl="reference")
         return Sides(calls, lambda out: relative(out[:, :group], exact))
 
     return sides
@@ -320,15 +329,15 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         shift, scale, gate, shift2, scale2, gate2 = self.modulation(F.silu(condition)).chunk(6, -1)
-        last = x.shape[-1:]
+        last, impl = x.shape[-1:], impl_on(x)
         if self.ours:
-            y = K.layer_norm(x, eps=1e-6, scale=scale, shift=shift)
+            y = K.layer_norm(x, eps=1e-6, scale=scale, shift=shift, impl=impl)
         else:
             y = F.layer_norm(x, last, eps=1e-6) * (1 + scale[:, None]) + shift[:, None]
         q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in self.qkv(y).chunk(3, -1))
         a = self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
         if self.ours:
-            y, x = K.layer_norm(a, eps=1e-6, residual=x, gate=gate, scale=scale2, shift=shift2)
+            y, x = K.layer_norm(a, eps=1e-6, residual=x, gate=gate, scale=scale2, shift=shift2, impl=impl)
         else:
             x = x + gate[:, None] * a
             y = F.layer_norm(x, last, eps=1e-6) * (1 + scale2[:, None]) + shift2[:, None]

@@ -49,7 +49,7 @@ def pareto_figures(profile: Profile) -> list[tuple[str, str, Figure]]:
     """(component, shape, figure), one for each with two candidates or more."""
     found = []
     for component, shape, rows in groups(profile):
-        shown = [r for r in timed(rows) if snr_of(r) is not None]
+        shown = [r for r in timed(rows) if (snr := snr_of(r)) is not None and math.isfinite(snr)]
         if len(shown) > 1:
             found.append((component, shape, pareto(shown, picks_of(profile, component, shape))))
     images = image_rows(profile.rows, profile.pipelines)

@@ -66,8 +66,11 @@ const std::vector<Kernel>& all() {
   return kernels;
 }
 
-// A cubin runs on its own GPU and on later ones of the same major version
-bool runs_on(const Kernel& k, int sm) { return k.cubin->sm / 10 == sm / 10 && k.cubin->sm <= sm; }
+// A cubin runs on its own GPU and on later ones of the same major version; from sm_90 on Triton's code is
+// architecture-specific (sm_90a) and runs on that one alone
+bool runs_on(const Kernel& k, int sm) {
+  return k.cubin->sm == sm || (k.cubin->sm < 90 && k.cubin->sm / 10 == sm / 10 && k.cubin->sm < sm);
+}
 
 // The best that fits: compiled for the nearest GPU, then with the least `cost`
 template <class Fits, class Cost>

@@ -27,10 +27,12 @@ def answered(session: Session, rows: Sequence[Row], older: Profile | None) -> Pr
     from optimize.profiles.comparing import compare
     from optimize.profiles.composing import PICKED
     from optimize.profiles.limits import limits_here
+    from optimize.profiles.machine import together
     from optimize.profiles.schema import Profile
+    from optimize.profiles.timing import on_cores
 
     request = session.request
-    load = session.meter.load()
+    load = together([session.meter.load(), *session.loads])
     with session.progress.step("limits of this device"):
         limits = limits_here(request.device, request.threads)
     rows = [with_work(session, row, limits) for row in rows]
@@ -48,12 +50,15 @@ def answered(session: Session, rows: Sequence[Row], older: Profile | None) -> Pr
         pipelines=tuple(times_of(session, rows, ())),
     )
     record = record.model_copy(update={"choice": choose(record, request.wishes)})
+    keep(session, record, done=False)
     if record.choice is not None and record.pipelines:
-        times = times_of(session, rows, record.choice.picks, last=True)
+        with on_cores(request.threads):
+            times = times_of(session, rows, record.choice.picks, last=True)
         picked = next((t for t in times if t.variant == PICKED), record.choice.pipeline)
         choice = record.choice.model_copy(update={"pipeline": picked})
         record = record.model_copy(update={"pipelines": tuple(times), "choice": choice})
-    record = record.model_copy(update={"breakdowns": tuple(breakdowns_of(session, record))})
+    with on_cores(request.threads):
+        record = record.model_copy(update={"breakdowns": tuple(breakdowns_of(session, record))})
     record = record.model_copy(update={"notes": (*notes_of(load, rows), *session.notes)})
     keep(session, record)
     if older is not None:  # with another record it may raise: what was measured is kept by then
@@ -62,15 +67,16 @@ def answered(session: Session, rows: Sequence[Row], older: Profile | None) -> Pr
     return record
 
 
-def keep(session: Session, record: Profile) -> None:
-    """Writes the record where there is a place for it; rows that were kept for a killed run are not needed then."""
+def keep(session: Session, record: Profile, *, done: bool = True) -> None:
+    """Writes the record where there is a place for it; when it is done, rows kept for a killed run are not needed."""
     from optimize.compile.bundle import disk_errors
     from optimize.profiles.reading import RECORD, write_profile
 
     if session.folder is not None:
         with disk_errors(session.folder):
             write_profile(record, session.folder / RECORD)
-            (session.folder / PARTIAL).unlink(missing_ok=True)
+            if done:
+                (session.folder / PARTIAL).unlink(missing_ok=True)
 
 
 def notes_of(load: Load, rows: Sequence[Row]) -> list[str]:
@@ -129,7 +135,9 @@ def with_work(session: Session, row: Row, limits: Limits) -> Row:
 
     if row.timing is None or (counted := work_at(session, row)) is None:
         return row
-    roofline = roofline_of(counted.total, row.timing.median_ms, limits, row.base)
+    allowed = row.backend.startswith("onnxruntime-") and "tf32" in limits.peak_gflops  # its GPU providers use it
+    kind = "tf32" if allowed and row.base == "fp32" else row.base
+    roofline = roofline_of(counted.total, row.timing.median_ms, limits, kind)
     return row.model_copy(update={"work": counted.total, "roofline": roofline})
 
 
@@ -182,16 +190,16 @@ def run_from_end_to_end(session: Session, folder: Path, time: PipelineTime, rows
     if time.variant not in (PICKED, REFERENCE):
         return time
     subject, parts = session.subject, {}
-    for part in time.parts:
-        job = jobs_by(session, part.component)[part.candidate]
-        parts[part.component] = (subject.components[part.component], runner_of_job(job), float_of(job.base))
     prompts = DIGITS if subject.source == "demo" else PROMPTS
     try:
+        for part in time.parts:
+            job = jobs_by(session, part.component)[part.candidate]
+            parts[part.component] = (subject.components[part.component], runner_of_job(job), float_of(job.base))
         drawing = drawing_at(time.shape, rows, records_of(subject), prompts, time.steps, guidance_of(session))
         with session.progress.step(f"end to end: {time.variant}"):
             found = measure_pipeline(folder, parts, drawing, device=session.request.device, say=session.progress.say)
-    except OptimizeError as e:
-        return time.model_copy(update={"notes": (*time.notes, f"not run from end to end: {e.what}")})
+    except Exception as e:  # each backend raises its own kinds: what was measured stands without this
+        return time.model_copy(update={"notes": (*time.notes, f"not run from end to end: {why_of(e)}")})
     return with_measured(time, found)
 
 
@@ -230,8 +238,12 @@ def breakdowns_of(session: Session, record: Profile) -> Iterator[Breakdown]:
                     folder=session.folder,
                     work=work_at(session, row),
                 )
-        except OptimizeError as e:
-            session.notes.append(f"{row.component} {row.candidate}: no breakdown: {e.what}")
+        except Exception as e:  # each profiler raises its own kinds
+            session.notes.append(f"{row.component} {row.candidate}: no breakdown: {why_of(e)}")
+
+
+def why_of(e: Exception) -> str:
+    return e.what if isinstance(e, OptimizeError) else f"{type(e).__name__}: {' '.join(str(e).split())[:300]}"
 
 
 def rows_to_break_down(record: Profile, which: str) -> Iterator[Row]:

@@ -101,11 +101,12 @@ def profile_callables(what: Any, inputs: Any, request: Request, progress: Progre
     from optimize.profiles.machine import Meter, machine_here
     from optimize.profiles.reading import RECORD, write_profile
     from optimize.profiles.schema import Profile
+    from optimize.profiles.timing import on_cores
 
     functions = named(what)
     check(request, inputs)
     meter = Meter(request.device)
-    with progress.step("profile " + ", ".join(functions)):
+    with progress.step("profile " + ", ".join(functions)), on_cores(request.threads):
         rows = rows_of_callables(functions, inputs if inputs is not None else (), request, progress)
     with progress.step("limits of this device"):
         limits = limits_here(request.device, request.threads)

@@ -56,7 +56,7 @@ def engine_in(loaded: LoadedComponent, precision: str | None) -> Artifact:
 def runner_of_artifact(bundle: Bundle, artifact: Artifact, backend: str, device: str, threads: int = 0) -> Runner:
     """A file of the bundle on a backend; its digest, and those of what it reads, are checked first."""
     from optimize.compile.backends import Subject, runner_of
-    from optimize.loading import recorded_component
+    from optimize.loading import axes_of_artifact, recorded_component
     from optimize.receipts import simulation
 
     precision = str(artifact.spec["precision"])
@@ -68,7 +68,7 @@ def runner_of_artifact(bundle: Bundle, artifact: Artifact, backend: str, device:
         bundle.check(bundle.manifest.artifacts[parent])
     bundle.check(artifact)
     subject = Subject(
-        recorded_component(bundle, artifact.component),
+        recorded_component(bundle, artifact.component).with_axes(axes_of_artifact(artifact)),
         precision,
         bundle.path(artifact),
         str(artifact.spec.get("device", device)),

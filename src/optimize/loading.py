@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -170,6 +171,13 @@ def axes_of(bundle: Bundle, name: str) -> dict[str, Axis]:
     return {n: Axis(n, a.min, a.opt, a.max, a.step) for n, a in bundle.component(name).axes.items()}
 
 
+def axes_of_artifact(artifact: Artifact) -> dict[str, Axis]:
+    """The axes that it was made with: a later export of the component in another precision may have had others."""
+    from optimize.compile.spec import Axis
+
+    return {n: Axis(**a) for n, a in json.loads(artifact.key.get("axes", "{}")).items()}
+
+
 def recorded_component(bundle: Bundle, name: str) -> Component:
     """The component as the manifest describes it, without its source: enough to build engines, not to run eager."""
     from optimize.compile.spec import Component, TensorSpec
@@ -249,6 +257,7 @@ def verify_artifact(
                 raise GateError(f"{artifact.id} was made of {parent}, which the bundle does not have")
             bundle.check(bundle.manifest.artifacts[parent])
         bundle.check(artifact, fresh=True)
+        source = source and source.with_axes(axes_of_artifact(artifact))
         if artifact.kind == "onnx" and source is not None:
             return verify_onnx(bundle, artifact, source, memory, progress)
         if artifact.kind == "aoti" and source is not None:

@@ -147,7 +147,10 @@ def shared_weights(model: Any, step: Step, bundle: Bundle) -> Artifact | None:
 
     header = external.header_of(model)
     for artifact in bundle.artifacts(step.component.name, "weights"):
-        same = artifact.spec.get("precision") == step.precision and artifact.key.get("weights") == step.key["weights"]
+        beside = {"opset", "kernels"}  # constants that were folded lie in the file too, and depend on all the rest
+        same = artifact.spec.get("precision") == step.precision and all(
+            artifact.key.get(k) == step.key.get(k) for k in (artifact.key.keys() | step.key.keys()) - beside
+        )
         if same and artifact.id != f"{step.artifact}/weights" and bundle.whole(artifact):
             kept = external.header_bytes(bundle.path(artifact))
             if external.entries_of(kept) == external.entries_of(header):
@@ -318,10 +321,11 @@ def profile_of(component: Component) -> dict[str, tuple[tuple[int, ...], tuple[i
 
 def build_engines(bundle: Bundle, artifacts: Iterable[Artifact], request: Request, progress: Progress) -> None:
     """Engines of ONNX artifacts for the request's targets; what is there and unchanged is kept."""
-    from optimize.loading import recorded_component
+    from optimize.loading import axes_of_artifact, recorded_component
 
     for artifact in artifacts:
-        component, precision = recorded_component(bundle, artifact.component), str(artifact.spec["precision"])
+        component = recorded_component(bundle, artifact.component).with_axes(axes_of_artifact(artifact))
+        precision = str(artifact.spec["precision"])
         for target in request.targets:
             step = engine_step(bundle, artifact.id, component, precision, artifact.key, target, request)
             if not step.hit:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from optimize.candidates import FLOATS, REFERENCE, Candidate
-from optimize.errors import OptimizeError
+from optimize.errors import GateError, OptimizeError
 from optimize.seats import Job, seat_of
 
 if TYPE_CHECKING:
@@ -155,8 +156,7 @@ def save(path: Path, tensors: Tensors) -> None:
 def read(path: Path) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
-    found: dict[str, torch.Tensor] = load_file(path)
-    return found
+    return {n: t.clone() for n, t in load_file(path).items()}  # apart from the file, which is written again
 
 
 def write_feeds(task: Task) -> None:
@@ -261,7 +261,7 @@ def rows_of_group(task: Task, group: Sequence[Candidate]) -> list[Row]:
         for seat in seats.values():
             task.say(f"{seat.candidate.name}: load")
             attempt(seat, partial(open_seat, seat))
-        for shape in task.shapes:
+        for shape in sorted(task.shapes, key=lambda s: math.prod(task.shapes[s].values())):  # peaks only grow
             for seat in seats.values():
                 task.say(f"{seat.candidate.name}: first run at {shape}")
                 attempt(seat, partial(prepare, task, seat, shape))
@@ -279,6 +279,7 @@ def attempt(seat: Opened, step: Callable[[], None]) -> None:
             step()
         except OptimizeError as e:
             seat.failed = " ".join(str(e).split())
+            seat.place.close()  # what it holds the next one needs
 
 
 def open_seat(seat: Opened) -> None:
@@ -301,6 +302,8 @@ def prepare(task: Task, seat: Opened, shape: str) -> None:
     seat.memory = Memory(**seat.place.call("memory"))
     if seat.quality is None and seat.parity[shape].passed:
         seat.quality = quality(task, seat, shape, out)
+        if seat.quality is not None and math.isnan(seat.quality.cosine):
+            raise GateError(f"{seat.quality.output} is not finite on real samples", got=seat.quality.data)
 
 
 def preparation(seat: Opened, first: Mapping[str, Any]) -> Preparation:

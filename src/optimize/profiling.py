@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
     from optimize.compile.spec import Component
     from optimize.profiles.machine import Meter
-    from optimize.profiles.schema import Machine, Profile, Row, Settings
+    from optimize.profiles.schema import Load, Machine, Profile, Row, Settings
     from optimize.profiles.work import GraphWork
 
 FOLDER = "profile"
@@ -82,6 +82,8 @@ class Session:
     counted: dict[tuple[str, str, str], GraphWork | None] = field(default_factory=dict)
     packages: dict[Path, tuple[float, str]] = field(default_factory=dict)
     """AOTInductor packages made for this profile: seconds, or why not."""
+    loads: list[Load] = field(default_factory=list)
+    """Of the runs whose rows were kept."""
 
 
 def profile(
@@ -226,8 +228,11 @@ def settings_of(
     seed: int,
     samples: int,
 ) -> Settings:
-    figures = {"rounds": (rounds, 3), "burst": (burst_ms, 0.0), "attempts": (attempts, 1), "patience": (patience, 0.0)}
-    for word, (number, least) in figures.items():
+    if not 0 < burst_ms < math.inf:
+        raise InputError(
+            "--burst is no time", got=burst_ms, expected="milliseconds above 0", mend="such as --burst 200"
+        )
+    for word, number, least in (("rounds", rounds, 3), ("attempts", attempts, 1), ("patience", patience, 0.0)):
         if not number >= least:
             raise InputError(f"--{word} is too small", got=number, expected=f"at least {least}")
     if samples < 0:
@@ -353,11 +358,13 @@ def measured(session: Session) -> list[Row]:
         kept = kept_rows(session.folder, key)
         if kept is None:
             with session.progress.step(f"profile {name}"):
-                kept = rows_of(task_of(session, name, candidates, shapes))
-            keep_rows(session.folder, key, kept)
+                found = rows_of(task_of(session, name, candidates, shapes))
+            keep_rows(session.folder, key, found, session.meter.load())
         else:
+            found, load = kept
+            session.loads.append(load)
             session.notes.append(f"{name}: measured before this run was interrupted, and kept")
-        rows += kept
+        rows += found
     return rows
 
 
@@ -442,6 +449,7 @@ def key_of(
     said = {
         "candidates": [(c.name, c.sha256, c.why) for c in candidates],
         "weights": session.subject.components[name].weights.digest(),
+        "config": json.dumps(session.subject.components[name].config, sort_keys=True, default=str),
         "shapes": shapes,
         "settings": session.request.settings.model_dump(),
         "machine": session.machine.key,
@@ -450,22 +458,24 @@ def key_of(
     return f"{name} {hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:16]}"
 
 
-def kept_rows(folder: Path | None, key: str) -> list[Row] | None:
-    from optimize.profiles.schema import Row
+def kept_rows(folder: Path | None, key: str) -> tuple[list[Row], Load] | None:
+    """A component's rows, and what the machine did meanwhile."""
+    from optimize.profiles.schema import Load, Row
 
-    with contextlib.suppress(OSError, ValueError, KeyError):  # a broken file is none
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # a broken file is none
         found = json.loads((folder / PARTIAL).read_text())[key] if folder else None
-        return None if found is None else [Row.model_validate(row) for row in found]
+        if found is not None:
+            return [Row.model_validate(row) for row in found["rows"]], Load.model_validate(found["load"])
     return None
 
 
-def keep_rows(folder: Path | None, key: str, rows: Sequence[Row]) -> None:
+def keep_rows(folder: Path | None, key: str, rows: Sequence[Row], load: Load) -> None:
     if folder is None:
         return
     path, known = folder / PARTIAL, {}
     with contextlib.suppress(OSError, ValueError):
         known = json.loads(path.read_text())
-    known[key] = [row.model_dump(mode="json") for row in rows]
+    known[key] = {"rows": [row.model_dump(mode="json") for row in rows], "load": load.model_dump(mode="json")}
     temporary = path.with_name(f"{PARTIAL}.{os.getpid()}")
     temporary.write_text(json.dumps(known))
     temporary.replace(path)

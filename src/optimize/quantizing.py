@@ -350,7 +350,7 @@ def quantizer_digest() -> str:
 def quantize_component(bundle: Bundle, name: str, request: Request, progress: Progress) -> None:
     """Calibrate, place, prove, count, adopt. What the bundle has already and nothing changed is kept."""
     from optimize.exporting import step_for
-    from optimize.loading import component_of
+    from optimize.loading import axes_of_artifact, component_of
     from optimize.making import adopt
     from optimize.receipts import proof, receipt_of
 
@@ -358,7 +358,7 @@ def quantize_component(bundle: Bundle, name: str, request: Request, progress: Pr
     bundle.check(base)
     for parent in base.parents:
         bundle.check(bundle.manifest.artifacts[parent])
-    component = component_of(bundle, name, request.trust_remote_code)
+    component = component_of(bundle, name, request.trust_remote_code).with_axes(axes_of_artifact(base))
     key = key_of(base, request)
     step = step_for(bundle, artifact_id(request, name), component, request.scheme, key, None)
     old = bundle.manifest.artifacts.get(step.artifact)
