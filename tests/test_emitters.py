@@ -251,7 +251,6 @@ ARITHMETIC = (
         lambda x: (
             x / (x.shape[1] * 66000) * x.shape[1] * 60000,
             (x * 0) * -1e9,
-            torch.add(x * 0, x * 60000, alpha=1e-5),
             x / 70000 * 60000,
         ),
         f("b", "t", 7),

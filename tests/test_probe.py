@@ -106,8 +106,9 @@ def test_infinities_by_design_are_counted_and_are_no_magnitude(probe):
 
 
 def test_numbers_too_small_for_fp16_are_lost(probe):
-    assert [n for n, r in probe.ranges.items() if r.lost] == ["Mul_2"]
-    assert 0 < probe.ranges["Mul_2"].rms < LEAST_RMS
+    """1e-7 is none of fp16's normal numbers: the product is made in fp32 and lost when it is narrowed."""
+    assert [n for n, r in probe.ranges.items() if r.lost] == ["Cast_1"]
+    assert 0 < probe.ranges["Cast_1"].rms < LEAST_RMS
     assert not Range(0.0, 0.0).lost, "zeros are exact"
 
 
