@@ -18,7 +18,7 @@ $(READY): pyproject.toml constraints.txt CMakeLists.txt
 	touch $(READY)
 
 test: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder # else files of few, long tests come last
 
 check: $(READY)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
