@@ -18,6 +18,14 @@ if TYPE_CHECKING:
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+LONG = ("test_support.py", "test_interpreted.py", "test_emitters.py")
+"""Files that take minutes: they begin first, so that no worker is left alone with one at the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--write-support", action="store_true", help="write SUPPORT.md anew")
     parser.addoption("--all-precisions", action="store_true", help="fp16 and bf16 of every architecture, too")
