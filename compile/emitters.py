@@ -55,8 +55,8 @@ def arithmetic(g: Builder, kind: str, out: Out, a: Any, b: Any) -> Any:
     """An element-wise operator in the result's type, or in fp32 inside where that would change a number first."""
     kind = LOGICAL.get(kind, kind) if out.dtype == torch.bool else kind
     dtype = torch.float32 if unheld(a, out.dtype) or unheld(b, out.dtype) else out.dtype
-    value = g.op(kind, operand(g, a, dtype), operand(g, b, dtype), out=Out(out.shape, dtype))
-    return value if dtype == out.dtype else g.cast(Tensor(g, out.shape, dtype, emitted=value), out.dtype)
+    inner = Out(out.shape, dtype)
+    return g.cast(tensor(g, g.op(kind, operand(g, a, dtype), operand(g, b, dtype), out=inner), inner), out.dtype)
 
 
 def binary(kind: str) -> Emitter:
@@ -72,7 +72,7 @@ def scaled(kind: str) -> Emitter:
         inner = Out(out.shape, torch.float32 if any(unheld(x, out.dtype) for x in (a, b, alpha)) else out.dtype)
         right = g.op("Mul", operand(g, b, inner.dtype), g.scalar(alpha, inner.dtype))
         value = g.op(kind, operand(g, a, inner.dtype), right, out=inner)
-        return value if inner.dtype == out.dtype else g.cast(tensor(g, value, inner), out.dtype)
+        return g.cast(tensor(g, value, inner), out.dtype)
 
     return emit
 
@@ -269,8 +269,8 @@ def truth(kind: str) -> Emitter:
     """`any` and `all`: 0 or 1, of uint8 in its own type."""
 
     def emit(g: Builder, out: Out, x: Tensor, dim: Any = None, keepdim: bool = False) -> Any:
-        found = reduce(kind)(g, Out(out.shape, torch.bool), x, dim, keepdim)
-        return found if out.dtype == torch.bool else g.cast(tensor(g, found, Out(out.shape, torch.bool)), out.dtype)
+        flag = Out(out.shape, torch.bool)
+        return g.cast(tensor(g, reduce(kind)(g, flag, x, dim, keepdim), flag), out.dtype)
 
     return emit
 

@@ -329,17 +329,10 @@ def check_inputs(inputs: Sequence[TensorSpec], axes: Mapping[str, Axis]) -> None
     from .feeds import FILLS
 
     for t in inputs:
-        kind = t.fill.partition(":")[0]
-        for wrong, got, expected in (
-            (
-                t.dtype != "float" and not isinstance(getattr(torch, t.dtype, None), torch.dtype),
-                t.dtype,
-                "float or a torch type such as int64",
-            ),
-            (kind not in FILLS, t.fill, "one of " + ", ".join(FILLS)),
-        ):
-            if wrong:
-                raise InputError(f"input {t.name} is not understood", got=got, expected=expected)
+        if t.dtype != "float" and not isinstance(getattr(torch, t.dtype, None), torch.dtype):
+            raise InputError(f"input {t.name} has no such type", got=t.dtype, expected="float, or torch's, as int64")
+        if t.fill.partition(":")[0] not in FILLS:
+            raise InputError(f"input {t.name} has no such fill", got=t.fill, expected="one of " + ", ".join(FILLS))
         if lost := [name for name in t.axis_names() if name not in axes]:
             raise InputError(
                 f"input {t.name} has an axis that is not declared",

@@ -27,21 +27,29 @@ def network_from_text(text: str) -> torch.nn.Module:
     """`--features`: a folder, or `module:factory`, whose code runs. Raises InputError for anything else."""
     if Path(text).is_dir():
         return TransformersFeatures(Path(text))
-    module, _, name = text.partition(":")
     sys.path.insert(0, str(Path.cwd()))  # as `python -m` would
     try:
-        factory = getattr(importlib.import_module(module), name) if name else None
-        made = factory() if callable(factory) else factory
-    except (ImportError, AttributeError, ValueError) as e:
-        raise InputError("--features names nothing that is there", got=f"{text}: {e}", expected=HOW) from e
-    except Exception as e:  # the user's own code raises whatever it does
-        why = f"{text}: {type(e).__name__}: {e}"
-        raise InputError("--features failed", got=why, expected=HOW, mend="run the factory by itself") from e
+        made = made_by(text)
     finally:
         sys.path.pop(0)
     if not isinstance(made, torch.nn.Module):
         raise InputError("--features gives no torch module", got=f"{text}: {type(made).__name__}", expected=HOW)
     return made.eval()
+
+
+def made_by(text: str) -> Any:
+    """What `module:factory` gives. Its code is the user's and raises whatever it does."""
+    module, _, name = text.partition(":")
+    try:
+        factory = getattr(importlib.import_module(module), name) if name else None
+    except Exception as e:
+        why = f"{text}: {type(e).__name__}: {e}"
+        raise InputError("--features names nothing that is there", got=why, expected=HOW) from e
+    try:
+        return factory() if callable(factory) else factory
+    except Exception as e:
+        why = f"{text}: {type(e).__name__}: {e}"
+        raise InputError("--features failed", got=why, expected=HOW, mend="run the factory by itself") from e
 
 
 class TransformersFeatures(torch.nn.Module):

@@ -191,6 +191,13 @@ def block_of(module: str, depth: int) -> str:
     return ".".join(kept)
 
 
+def wait_for(device: str) -> Callable[[], Any]:
+    """Until a GPU has done what it was given; nothing on a CPU."""
+    import torch
+
+    return torch.cuda.synchronize if device != "cpu" else lambda: None
+
+
 def median_ms(run: Bound | Callable[[], Any], runs: int, wait: Callable[[], Any] = lambda: None) -> float:
     """The median of some runs on a plain clock; `wait` until a GPU is done."""
     times = []

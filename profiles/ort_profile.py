@@ -17,12 +17,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from optimize.compile.runners import OnnxRuntimeRunner
 
 from .counts import COUNTS, PRODUCTS
-from .operators import WARM, Piece, Profiled, Run, median_ms
+from .operators import WARM, Piece, Profiled, Run, median_ms, wait_for
 from .work import module_of
 
 if TYPE_CHECKING:
@@ -81,9 +79,7 @@ class TracedRunner(OnnxRuntimeRunner):
 def profile_session(runner: OnnxRuntimeRunner, feeds: Feeds, runs: int, trace: Path | None) -> Profiled:
     """Runs it with and without its profiler, one session after the other."""
     with runner:
-        unprofiled = median_ms(
-            runner.bind(feeds), runs, torch.cuda.synchronize if runner.device != "cpu" else lambda: None
-        )
+        unprofiled = median_ms(runner.bind(feeds), runs, wait_for(runner.device))
     with tempfile.TemporaryDirectory() as folder:
         with TracedRunner(runner, Path(folder)) as traced:
             run = traced.bind(feeds)

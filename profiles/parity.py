@@ -23,6 +23,7 @@ from optimize.errors import GateError, InputError
 
 FP32_LIMIT = 1e-4
 FAR = 1e4
+"""A number that agrees, and is so large and so much larger than the rest, is a mask's: see `masked`."""
 EAGER_FACTOR = 1.05
 MANY, FEW_DRAWS, MANY_DRAWS = 32768, 4, 32
 ROUNDING = {"fp16": 2.0**-11, "bf16": 2.0**-8}

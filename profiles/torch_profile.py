@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.autograd import DeviceType  # type: ignore[attr-defined]
+from torch.autograd import DeviceType  # type: ignore[attr-defined] # torch's stubs do not export it
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from .compiled_code import KernelOrigins, named_kernels
-from .operators import WARM, Piece, Profiled, Run, median_ms
+from .operators import WARM, Piece, Profiled, Run, median_ms, wait_for
 
 if TYPE_CHECKING:
     from optimize.compile.runners import Feeds, Runner
@@ -84,8 +84,8 @@ def profile_torch(runner: Runner, feeds: Feeds, runs: int, trace: Path | None) -
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it writes its starts and stops on stderr
     with named_kernels(runner) as origins, runner:
         run = runner.bind(feeds)
-        cuda = getattr(runner, "device", "cpu") != "cpu"
-        wait = torch.cuda.synchronize if cuda else (lambda: None)
+        device = getattr(runner, "device", "cpu")
+        cuda, wait = device != "cpu", wait_for(device)
         unprofiled = median_ms(run, runs, wait)
         whole = origins is not None and not getattr(getattr(runner, "style", None), "regional", False)
         module = None if whole else getattr(runner, "_module", None)

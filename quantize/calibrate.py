@@ -133,7 +133,7 @@ def write_cache(path: Path, key: Mapping[str, Any], done: int, seen: Mapping[str
 
     def write(partial: Path) -> None:
         with partial.open("wb") as file:
-            np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
+            np.savez_compressed(file, **arrays)  # type: ignore[arg-type] # its `allow_pickle` could be among them
 
     write_whole(path, write)
 

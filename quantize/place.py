@@ -77,6 +77,7 @@ def quantizes_output(p: Placement, s: Site) -> bool:
 
 
 INT32 = 2.0**30
+"""What a bias may come to as an int32; half of what there is, so that the sums have room."""
 
 
 def scales_of(p: Placement, s: Site, node: ir.Node, weight: Array) -> Array:

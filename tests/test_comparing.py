@@ -96,11 +96,11 @@ def test_rounds_that_overlap_settle_nothing() -> None:
 
 
 def test_measured_sleeps_are_told_apart() -> None:
-    """The rounds of real bursts, interleaved: of 2 ms, again of 2 ms, and of 3 ms."""
+    """The rounds of real bursts, interleaved: of 5 ms, again of 5 ms, and of 10 ms."""
     bursts: dict[str, list[Burst]] = {"first": [], "again": [], "slower": []}
     for _ in range(9):
         for name, found in bursts.items():
-            found.append(burst_of(lambda s=0.003 if name == "slower" else 0.002: time.sleep(s), "cpu", 12, 0, False))
+            found.append(burst_of(lambda s=0.01 if name == "slower" else 0.005: time.sleep(s), "cpu", 30, 0, False))
     first, again, slower = (timing_of(b, SETTINGS, "cpu", 1) for b in bursts.values())
     assert one(slower, first).verdict == "slower"
     assert one(again, first).verdict == "same"

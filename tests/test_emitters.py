@@ -2092,3 +2092,20 @@ def test_a_failing_emitter_is_our_bug_and_says_where(monkeypatch):
     component = Component.from_module(model, [TensorSpec("x", (2, 7))], ["y"])
     with pytest.raises(InternalError, match=r"emitter of leaf.linear.default failed in 1.0: two operands"):
         graph_from_component(component, "fp32", 23, Clock(lambda s: None))
+
+
+@pytest.mark.parametrize("size", [7, 41, 49])
+def test_nearest_steps_are_a_quotient(size, tmp_path) -> None:
+    """1/41 in fp32 times 41 is below one: a dynamic size of 41 would take each pixel's neighbour."""
+
+    def both(x, y):
+        return F.interpolate(x, (41, 41)), F.interpolate(x, y.shape[2:])
+
+    c = case("nearest to 41 and to the double", both, f("b", 1, "n", "n"), f("b", 1, "t", "t"))
+    model, component, _ = exported(c, 23)
+    feeds = feeds_of(c, {"b": 1, "n": size, "t": 2 * size})
+    with OnnxRuntimeRunner(written(model, tmp_path)) as runner:
+        got = runner.infer(feeds)
+    wanted = loaded_module(component, "fp32")(*feeds.values())
+    for name, want in zip(component.outputs, wanted, strict=True):
+        assert torch.equal(got[name], want), name

@@ -205,8 +205,8 @@ def test_a_module_that_computes_something_else_is_another_one() -> None:
 @pytest.mark.parametrize(
     ("spec", "said"),
     [
-        (optimize.TensorSpec("x", ("batch", 7), fill="id:100"), "input x is not understood"),
-        (optimize.TensorSpec("x", ("batch", 7), "int46"), "input x is not understood"),
+        (optimize.TensorSpec("x", ("batch", 7), fill="id:100"), "input x has no such fill"),
+        (optimize.TensorSpec("x", ("batch", 7), "int46"), "input x has no such type"),
         (optimize.TensorSpec("x", ("rows", 7)), "axis that is not declared"),
     ],
 )

@@ -33,7 +33,7 @@ def factory():
     return Pixels()
 
 def broken():
-    raise RuntimeError("no weights")
+    raise ValueError("no weights")
 
 number = 3
 """
@@ -181,6 +181,7 @@ def test_networks_that_are_none(text: str, pixels: torch.nn.Module) -> None:
     with pytest.raises(InputError, match="--features") as raised:
         network_from_text(text)
     assert "package.module:factory" in str(raised.value)
+    assert ("--features failed" in str(raised.value)) == text.endswith("broken")
 
 
 def test_a_folder_that_is_no_model(tmp_path: Path) -> None:

@@ -2,34 +2,67 @@
 
 import time
 
+import numpy as np
+import onnx
 import pytest
 import torch
 
 from optimize.errors import InputError, MissingError
 from optimize.profiles import limits
-from optimize.profiles.limits import best_seconds, cpu_limits, limits_from_sheet, limits_of_device
+from optimize.profiles.limits import (
+    best_seconds,
+    copy_bytes,
+    cpu_copies,
+    cpu_limits,
+    cpu_products,
+    int8_product,
+    limits_from_sheet,
+    limits_of_device,
+    product_graph,
+    torch_product,
+)
 from optimize.profiles.targets import TARGETS
 
 
-@pytest.fixture(scope="module")
-def measured():
-    return cpu_limits(threads=1, seconds=0.15)
-
-
-def test_this_cpu_is_measured(measured) -> None:
-    """An independent clock over the same kinds of work finds nothing that exceeds the roof by more than a busy machine
-    explains, and no roof that nothing reaches. One that was measured while others had the core is measured again."""
+def test_this_cpu_is_measured() -> None:
+    """By a real clock, and so within what any CPU does: others may have the core for all of a test's time."""
+    measured = cpu_limits(threads=1, seconds=0.06)
     assert (measured.how, measured.target) == ("measured", "this CPU")
     assert {"fp32", "int8"} <= set(measured.peak_gflops) and "1 threads" in measured.sources[0]
-    a, b, numbers = torch.rand(777, 1024), torch.rand(1024, 513), torch.rand(2**25)
+    assert all(0.01 < rate < 1e6 for rate in (measured.bandwidth_gbs, *measured.peak_gflops.values()))
 
-    def shares() -> tuple[float, float]:
-        roof = cpu_limits(threads=1, seconds=0.15)
-        rate = 2 * 777 * 1024 * 513 / best_seconds(lambda: a @ b, 0.3) / 1e9
-        read = numbers.numel() * 4 / best_seconds(numbers.amax, 0.3) / 1e9
-        return rate / roof.peak_gflops["fp32"], read / roof.bandwidth_gbs
 
-    assert any(0.2 < rate < 1.3 and 0.1 < read < 1.5 for rate, read in (shares() for _ in range(7)))
+def test_a_roof_is_the_best_ways_best_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a clock that is scripted: bytes read and written, or operations, over the shortest time of all rounds."""
+    monkeypatch.setattr(limits, "CPU_SIZE", 7)
+    monkeypatch.setattr(limits, "LEAST_COPY", 77 << 20)
+    ways = list(cpu_copies() | cpu_products(1))
+    seconds = {way: [0.5 + 0.25 * (i % 3), 0.125 * (1 + i), 1.0] for i, way in enumerate(ways)}
+    times = iter([took for each in zip(*seconds.values(), strict=True) for took in each])
+    monkeypatch.setattr(limits, "best_seconds", lambda run, seconds: next(times))
+    found = cpu_limits(threads=1)
+    least = {way: min(took) for way, took in seconds.items()}
+    moved = {"copy": 2 * copy_bytes(), "sum": copy_bytes()}
+    bandwidths = {how: moved[how] / least["bandwidth", how] / 1e9 for how in moved}
+    assert found.bandwidth_gbs == pytest.approx(max(bandwidths.values()))
+    assert f"({max(bandwidths, key=bandwidths.__getitem__)})" in found.sources[0]
+    for kind, peak in found.peak_gflops.items():
+        best = min((took, how) for (each, how), took in least.items() if each == kind)
+        assert peak == pytest.approx(2 * 7**3 / best[0] / 1e9) and f"{kind} by {best[1]}" in found.sources[1]
+    assert next(times, None) is None
+
+
+def test_what_is_timed_does_the_work_that_is_counted() -> None:
+    """A copy of every byte; a product of two square matrices, of each library and type."""
+    size, copy = cpu_copies()["bandwidth", "copy"]
+    assert size == 2 * copy_bytes() and torch.equal(copy(), torch.ones(size // 8))
+    for dtype in (torch.float32, torch.bfloat16):
+        assert torch_product(str(dtype).removeprefix("torch."))(63)().shape == (63, 63)
+    assert int8_product(64)().shape == (64, 64)
+    for kind, dtype, operator in (("FLOAT", np.float32, "MatMul"), ("UINT8", np.int8, "MatMulInteger")):
+        graph = onnx.load_from_string(product_graph(np.ones((63, 63), dtype), kind)).graph
+        assert [n.op_type for n in graph.node] == [operator]
+        assert [d.dim_value for d in graph.output[0].type.tensor_type.shape.dim] == [63, 63]
 
 
 def test_measuring_is_quick_and_leaves_torchs_threads_alone() -> None:
