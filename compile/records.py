@@ -111,7 +111,7 @@ class Receipt(Record):
 
     `found` sites, of them `chosen` for few bits, `calibrated` (static schemes), `exported` with Q and DQ in the file,
     and `kernels`: nodes of the optimized ONNX Runtime graph that compute in integers, or layers of an engine.
-    None where that stage does not apply."""
+    None where that stage does not apply. `smoothed` are activations, `split` layers with outlier channels apart."""
 
     scheme: str
     runtime: str
@@ -127,6 +127,7 @@ class Receipt(Record):
     kernels: int | None
     lost: list[str] = []
     smoothed: int = 0
+    split: int = 0
     checks: int = 0
     bytes_base: int
     bytes_quantized: int

@@ -244,6 +244,8 @@ ONNX_OF_TORCH = {
 }
 """torch type -> number of the type in ONNX's TensorProto."""
 CPU = "CPUExecutionProvider"
+SLOW_ON_CPU = ["SkipLayerNormFusion"]
+"""Optimizers whose result takes longer than what they replace: the kernel for a sum and its norm six times (1.31)."""
 
 
 class OnnxRuntimeRunner:
@@ -288,7 +290,12 @@ class OnnxRuntimeRunner:
             )
         if self.device != "cpu" and torch.cuda.is_available():
             self._stream = torch.cuda.Stream()
-        self._session = ort.InferenceSession(str(self.path), self.options(ort), providers=self.providers())
+        self._session = ort.InferenceSession(
+            str(self.path),
+            self.options(ort),
+            providers=self.providers(),
+            disabled_optimizers=SLOW_ON_CPU if self.provider == CPU else None,
+        )
         check_placement(self._session, self.provider, self.path)
         return self
 

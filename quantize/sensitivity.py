@@ -18,7 +18,7 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from .place import Placement, bias_of, quantizes_output, scales_of
+from .place import Placement, bias_of, quantizes_output, scales_of, weights_of
 from .running import GraphSession
 from .scales import dequantize, quantize, spread
 from .sets import write_whole
@@ -117,7 +117,6 @@ def error_maker(node: ir.Node, s: Site, p: Placement) -> Callable[[Any, Any], tu
     """(input, weight) -> (the error that quantizing them makes at the node's output, millions of products)."""
     fmt, block, axis = p.format, p.block(s), p.axis(s)
     attributes = {k: v.value for k, v in node.attributes.items()}
-    transposed = s.kind == "linear" and s.axis == 0
     bias = torch.from_numpy(bias_of(node).reshape(-1, 1, 1)) if quantizes_output(p, s) else torch.zeros(())
 
     def few(x: torch.Tensor, name: str) -> torch.Tensor:
@@ -125,13 +124,16 @@ def error_maker(node: ir.Node, s: Site, p: Placement) -> Callable[[Any, Any], tu
         return torch.from_numpy(dequantize(quantize(x.numpy(), scale, p.activations, zero), scale, zero))
 
     def make(x: torch.Tensor, weight: Any) -> tuple[torch.Tensor, float]:
-        w = np.ascontiguousarray(weight.T) if transposed else weight
-        divisor = (p.smoothing or {}).get(s.activation) if s.kind == "linear" else None
-        smooth = w * divisor.divisor[:, None] if divisor else w
-        scale = spread(scales_of(p, s, node, smooth), smooth.shape, axis, block)
-        rounded = dequantize(quantize(smooth, scale, fmt), scale)
-        x = x.float()
-        seen = x / torch.from_numpy(divisor.divisor) if divisor else x
+        w = np.ascontiguousarray(weight.T) if s.kind == "linear" and s.axis == 0 else weight
+        whole, rows = weights_of(p, s, weight)
+        scale = spread(scales_of(p, s, node, whole), whole.shape, axis, block)
+        rounded = dequantize(quantize(whole, scale, fmt), scale)
+        x, smoothing = x.float(), (p.smoothing or {}).get(s.activation)
+        seen = x / torch.from_numpy(smoothing.divisor) if smoothing and s.kind == "linear" else x
+        apart = torch.from_numpy(p.apart(s))
+        rest = seen[..., apart] @ torch.from_numpy(rows) if len(apart) else torch.zeros(())
+        if len(apart):
+            seen = seen.index_fill(-1, apart, 0.0)
         if p.scheme.activations == "static":
             seen = few(seen, s.activation)
         elif p.scheme.activations == "dynamic":
@@ -139,7 +141,7 @@ def error_maker(node: ir.Node, s: Site, p: Placement) -> Callable[[Any, Any], tu
         exact, got = (product(s.kind, a, torch.from_numpy(b), attributes) for a, b in ((x, w), (seen, rounded)))
         if quantizes_output(p, s):
             got = few(got + bias, s.output) - bias
-        return got - exact, exact.numel() * float(np.prod(w.shape) / w.shape[axis]) / 1e6
+        return got + rest - exact, exact.numel() * float(np.prod(w.shape) / w.shape[axis]) / 1e6
 
     return make
 
@@ -209,6 +211,8 @@ def digest_of(graph: str, p: Placement, sites: Sequence[Site], feeds: Sequence[M
     hasher = hashlib.sha256(json.dumps([graph, p.scheme.name, p.scheme.block, p.runtime, p.method]).encode())
     for name, smoothing in sorted((p.smoothing or {}).items()):
         hasher.update(name.encode() + smoothing.divisor.tobytes())
+    for name, apart in sorted((p.outliers or {}).items()):
+        hasher.update(name.encode() + apart.tobytes())
     for name in p.taps():
         hasher.update(f"{name}={p.grid(name)}".encode())
     for s in sites:

@@ -202,6 +202,15 @@ def test_a_module_that_computes_something_else_is_another_one() -> None:
     assert len(set(keys)) == len(keys) and key(Step()) == keys[0]
 
 
+def test_a_source_that_is_no_text_is_refused_and_a_path_is_taken(tmp_path: Path) -> None:
+    component = optimize.Component.from_module(torch.nn.Linear(7, 7), [optimize.TensorSpec("x", (1, 7))], ["y"])
+    for wrong in (component, torch.nn.Linear(7, 7), None):
+        with pytest.raises(InputError, match=r"the source is no text[\s\S]*python:MODULE:FUNCTION"):
+            optimize.export(wrong, tmp_path / "b")
+    with pytest.raises(InputError, match="nosuch"):
+        optimize.export(tmp_path / "nosuch", tmp_path / "b")
+
+
 @pytest.mark.parametrize(
     ("spec", "said"),
     [

@@ -213,6 +213,7 @@ def calibration_words(verb: argparse._ActionsContainer) -> None:
         help="weights that share a scale, for int8-weight and int4-weight (0: a channel)",
     )
     verb.add_argument("--no-smooth", action="store_true", help="leave out SmoothQuant")
+    verb.add_argument("--no-outliers", action="store_true", help="quantize an input's largest channels like the others")
     verb.add_argument(
         "--budget",
         action="append",
@@ -385,6 +386,7 @@ def calibration_of(args: argparse.Namespace) -> dict[str, Any]:
         seed=args.seed,
         method=args.method,
         smooth=not args.no_smooth,
+        outliers=not args.no_outliers,
         budgets=args.budget,
         keep=args.keep_high,
         block=args.block,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
@@ -86,7 +87,7 @@ class Plan:
 
 
 def request_from_words(
-    source: str,
+    source: str | os.PathLike[str],
     out: Path | str,
     *,
     components: Sequence[str] = (),
@@ -156,10 +157,19 @@ def request_from_words(
     )
 
 
-def source_text(text: str) -> str:
-    """A local folder by its absolute path, so that its bundle can be verified from anywhere."""
+def source_text(text: str | os.PathLike[str]) -> str:
+    """A local folder by its absolute path, so that its bundle can be verified from anywhere. Raises InputError for what
+    is no text."""
     from optimize.compile.sources import is_local
 
+    if not isinstance(text, str | os.PathLike):
+        raise InputError(
+            "the source is no text",
+            got=type(text).__name__,
+            expected="a folder, a repository, arch:NAME or python:MODULE:FACTORY",
+            mend="for a module of your own: a function that gives it (or a Component), named python:MODULE:FUNCTION",
+        )
+    text = os.fspath(text)
     return str(Path(text).resolve()) if is_local(text) else text
 
 
@@ -336,7 +346,7 @@ def versions() -> dict[str, str]:
 
 
 def export(
-    source: str,
+    source: str | os.PathLike[str],
     out: Path | str,
     *,
     precisions: Sequence[str] = ("fp32",),

@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,6 +51,7 @@ class Request:
     seed: int = 0
     method: str = "mse"
     smooth: bool = True
+    outliers: bool = True
     keep: tuple[str, ...] = ()
     block: int | None = None
     budgets: tuple[str, ...] = ()
@@ -74,6 +75,7 @@ def request_from_words(
     seed: int = 0,
     method: str = "mse",
     smooth: bool = True,
+    outliers: bool = True,
     keep: Sequence[str] = (),
     block: int | None = None,
     budgets: Sequence[str] = (),
@@ -109,6 +111,7 @@ def request_from_words(
         seed,
         method,
         smooth,
+        outliers,
         tuple(keep),
         block,
         tuple(budgets),
@@ -329,6 +332,7 @@ def key_of(base: Artifact, request: Request) -> dict[str, str]:
         "calibration": data,
         "method": request.method,
         "smooth": str(request.smooth),
+        "outliers": str(request.outliers),
         "keep": ", ".join(request.keep),
         "block": str(request.block),
         "budget": ", ".join(request.budget),
@@ -437,10 +441,12 @@ def halves(given: CalibrationSet) -> tuple[CalibrationSet, CalibrationSet]:
 
 
 def calibrated(work: Work) -> Placement:
-    """The placement with scales, and with SmoothQuant's vectors where the scheme has static activations."""
+    """The placement with scales, SmoothQuant's vectors where the scheme has static activations, and for ONNX Runtime
+    the channels that stand apart. What these change is calibrated again."""
     import onnx_ir as ir
 
     from optimize.quantize.calibrate import calibrate
+    from optimize.quantize.outliers import outliers
     from optimize.quantize.place import Placement
     from optimize.quantize.schemes import SCHEMES, with_block
     from optimize.quantize.smooth import candidates, smoothings
@@ -448,35 +454,25 @@ def calibrated(work: Work) -> Placement:
     request, start = work.request, time.perf_counter()
     scheme = with_block(SCHEMES[request.scheme], request.block)
     placement = Placement(scheme, request.runtime, request.method, tuple(work.sites))
-    if placement.taps():
+    apart = request.outliers and request.runtime == "onnxruntime" and scheme.activations != ""
+    smooth = request.smooth and scheme.activations == "static"
+    linear = [s.activation for s in placement.chosen() if s.kind == "linear"] if apart or smooth else []
+    if taps := list(dict.fromkeys([*placement.taps(), *linear])):
         assert work.samples is not None
         model = ir.load(work.path)
-        groups = candidates(model, work.sites) if request.smooth else {}
-        if groups:
-            seen = calibrate(
-                model,
-                work.path.parent,
-                list(groups),
-                work.samples,
-                by_channel=frozenset(groups),
-                graph=work.graph,
-                cache=work.cache("channels.npz"),
-                say=work.say,
-            ).seen
-            channels = {name: s.channels for name, s in seen.items() if s.channels is not None}
-            placement = replace(placement, smoothing=smoothings(model, groups, channels))
-        smoothing = placement.smoothing or {}
-        calibration = calibrate(
-            model,
-            work.path.parent,
-            placement.taps(),
-            work.samples,
-            divided={name: s.divisor for name, s in smoothing.items()},
-            graph=work.graph,
-            cache=work.cache("ranges.npz"),
-            say=work.say,
-        )
-        placement = replace(placement, calibration=calibration)
+        calibrate_on = partial(calibrate, model, work.path.parent, graph=work.graph, say=work.say)
+        first = calibrate_on(taps, work.samples, by_channel=frozenset(linear), cache=work.cache("ranges.npz"))
+        channels = {name: s.channels for name, s in first.seen.items() if s.channels is not None}
+        placement = replace(placement, calibration=first)
+        if smooth:
+            placement = replace(placement, smoothing=smoothings(model, candidates(model, work.sites), channels))
+        if apart:
+            left = {n: c / s.divisor if (s := (placement.smoothing or {}).get(n)) else c for n, c in channels.items()}
+            placement = replace(placement, outliers=outliers(work.sites, left))
+        changed = {name: vector for name, vector in placement.divisors().items() if name in placement.taps()}
+        if changed:
+            again = calibrate_on(list(changed), work.samples, divided=changed, cache=work.cache("changed.npz"))
+            placement = replace(placement, calibration=replace(first, seen={**first.seen, **again.seen}))
     work.seconds["calibrate"] = round(time.perf_counter() - start, 3)
     return placement
 

@@ -212,7 +212,7 @@ def receipt_of(work: Work, placement: Placement, quality: list[Quality]) -> Rece
             module=s.module,
             kind=s.kind,
             precision=str(work.base.spec["precision"]) if s.stays else request.scheme,
-            why=s.stays,
+            why=s.stays or outliers_of(placement, s),
             error=effects[s.name].error if s.name in effects else None,
             gain=effects[s.name].gain if s.name in effects else None,
         )
@@ -226,7 +226,7 @@ def receipt_of(work: Work, placement: Placement, quality: list[Quality]) -> Rece
         base=work.base.id,
         method=method_for(placement.activations, request.method) if static else "",
         data=work.samples.how,
-        samples=len(work.samples) if static else 0,
+        samples=len(work.samples) if placement.calibration else 0,
         budget=" and ".join(request.budget),
         found=len(placement.sites),
         chosen=len(chosen),
@@ -235,6 +235,7 @@ def receipt_of(work: Work, placement: Placement, quality: list[Quality]) -> Rece
         kernels=len(fused) if fused is not None else None,
         lost=lost,
         smoothed=len(placement.smoothing or {}),
+        split=sum(placement.apart(s).size > 0 for s in placement.chosen()),
         checks=work.trials,
         bytes_base=before,
         bytes_quantized=sum(f.stat().st_size for f in weights) + path.stat().st_size,
@@ -251,6 +252,12 @@ def receipt_of(work: Work, placement: Placement, quality: list[Quality]) -> Rece
             mend="report it: a layer that was to be quantized would silently run in floating point",
         )
     return receipt.model_copy(update={"headline": headline(receipt)})
+
+
+def outliers_of(placement: Placement, s: Site) -> str:
+    """What of a quantized layer is not, in words."""
+    count = placement.apart(s).size
+    return f"{count} outlier channels of its input stay in the base precision" if count else ""
 
 
 def headline(receipt: Receipt) -> str:
