@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import onnx_ir as ir
+import torch
 
 from optimize.compile.runners import Feeds
 from optimize.errors import InputError
@@ -44,7 +45,7 @@ class Seen:
 
     def add(self, x: Any, by_channel: bool) -> None:
         self.histogram.add(x)
-        if by_channel and x.dim():
+        if by_channel and x.dim() and x.numel():
             found = x.float().abs().reshape(-1, x.shape[-1]).amax(0).numpy()
             self.channels = found if self.channels is None else np.maximum(self.channels, found)
 
@@ -72,9 +73,9 @@ def calibrate(
 ) -> Calibration:
     """Runs all samples and gives what each tapped value looked like.
 
-    `by_channel` are values whose largest magnitude is kept per channel too; a value in `divided` is divided by that
-    vector first (SmoothQuant moves the vector into the layer before). `cache` is a file to go on from and to write,
-    where it is of the same samples and of `graph`, which names the model and its weights.
+    `by_channel` are values whose largest magnitude is kept per channel too. A value in `divided` is divided by that
+    vector first, as SmoothQuant does in the layer before; channels divided by infinity do not count. `cache` is a file
+    to go on from and to write, where it is of the same samples and of `graph`, which names the model and its weights.
 
     Raises InputError where there is nothing to calibrate with, and where values are not finite.
     """
@@ -108,7 +109,10 @@ def calibrate(
 
 def count(values: Feeds, seen: dict[str, Seen], by_channel: frozenset[str], divided: Mapping[str, Array]) -> None:
     for name, value in values.items():
-        x = value / value.new_tensor(divided[name]) if name in divided else value
+        x = value
+        if name in divided:
+            counted = np.isfinite(divided[name])
+            x = (value / value.new_tensor(divided[name]))[..., torch.from_numpy(counted)]
         try:
             seen.setdefault(name, Seen()).add(x, name in by_channel)
         except InputError as e:

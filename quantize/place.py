@@ -21,7 +21,7 @@ from optimize.errors import InputError
 from .calibrate import Calibration
 from .scales import Array, Grid, grid_of, held, quantize, spread, weight_scale
 from .schemes import FORMATS, Format, Scheme
-from .sites import Site, initializer
+from .sites import Site, initializer, turned
 from .smooth import Smoothing
 
 
@@ -59,16 +59,16 @@ class Placement:
         """The weight's axis of output channels. Linear ones are `[in, out]` once a Gemm has become a MatMul."""
         return 1 if s.kind == "linear" else 0
 
-    def apart(self, s: Site) -> Array:
+    def outliers_of(self, s: Site) -> Array:
         """The channels of a site's input that are not quantized, ascending."""
         found = (self.outliers or {}).get(s.activation) if s.kind == "linear" else None
         return np.flatnonzero(found) if found is not None else np.zeros(0, np.int64)
 
     def divisors(self) -> dict[str, Array]:
-        """Activation -> what each channel is divided by before it is quantized; what stands apart is zero then."""
+        """Activation -> what each channel is divided by before it is quantized; infinity where it is not quantized."""
         found = {name: smoothing.divisor for name, smoothing in (self.smoothing or {}).items()}
-        apart = self.outliers or {}
-        return found | {n: np.where(a, np.float32(np.inf), found.get(n, np.float32(1))) for n, a in apart.items()}
+        masks = self.outliers or {}
+        return found | {n: np.where(m, np.float32(np.inf), found.get(n, np.float32(1))) for n, m in masks.items()}
 
     def taps(self) -> list[str]:
         """The values whose ranges this needs."""
@@ -112,19 +112,24 @@ def bias_of(node: ir.Node) -> Array:
     return np.zeros(1, np.float32) if tensor is None else np.asarray(tensor.numpy(), np.float32)
 
 
-def weights_of(p: Placement, s: Site, weight: Array) -> tuple[Array, Array]:
-    """(What is quantized of a site's weight, the rows that stay as they are.) A linear one is turned to `[in, out]` and
-    smoothed; the rows of channels that stand apart are zero in the first."""
+def quantized_part(p: Placement, s: Site, weight: Array) -> Array:
+    """What is quantized of a weight: a linear site's turned to `[in, out]` and smoothed, its outliers' rows zero."""
     if s.kind != "linear":
-        return weight, np.zeros(0, np.float32)
-    turned = weight.T if s.axis == 0 else weight
-    smoothing, apart = (p.smoothing or {}).get(s.activation), p.apart(s)
-    whole = turned * smoothing.divisor[:, None] if smoothing is not None else turned
-    rows = whole[apart]
-    if apart.size:
-        whole = whole.copy()
-        whole[apart] = 0
-    return whole, rows
+        return weight
+    smoothing, outliers = (p.smoothing or {}).get(s.activation), p.outliers_of(s)
+    whole = turned(s, weight)
+    whole = whole * smoothing.divisor[:, None] if smoothing is not None else whole
+    if outliers.size:
+        whole = whole.copy() if smoothing is None else whole
+        whole[outliers] = 0
+    return whole
+
+
+def outliers_part(p: Placement, s: Site, weight: Array) -> Array:
+    """The rest of a linear site's weight, `[outliers, out]`."""
+    smoothing, outliers = (p.smoothing or {}).get(s.activation), p.outliers_of(s)
+    rows = turned(s, weight)[outliers]
+    return rows * smoothing.divisor[outliers, None] if smoothing is not None else rows
 
 
 def smoothed_in(p: Placement) -> dict[str, Smoothing]:
@@ -199,9 +204,9 @@ class Builder:
             node = self.as_matmul(node, s)
         x = node.inputs[0]
         assert x is not None
-        rest = self.outliers(node, s, x)
+        rest = self.outliers_product(node, s, x) if self.p.outliers_of(s).size else None
         if self.p.scheme.activations == "dynamic":
-            self.add(self.dynamic(node, s, x), rest, s)
+            self.subtract(with_bias(self.dynamic(node, s, x)), rest)
             return
         if self.p.scheme.activations == "static":
             self.through(node, 0, s.activation)
@@ -211,41 +216,46 @@ class Builder:
             self.graph.remove(turn, safe=True)  # of a tied table
         if quantizes_output(self.p, s):
             self.after(node, s)
-        self.add(node, rest, s)
+        self.subtract(node, rest)
         if self.p.scheme.activations and self.p.runtime == "onnxruntime" and s.kind == "linear":
             self.unmerge_bias(node)
 
-    def outliers(self, node: ir.Node, s: Site, x: ir.Value) -> ir.Value | None:
-        """The negative product of the channels that stand apart, in the base precision."""
-        apart, weight = self.p.apart(s), self.graph.initializers.get(s.weight)
-        if not apart.size or weight is None or weight.const_value is None:
-            return None
-        kind, key, name = base_of(x), f"{s.activation}|outliers", f"{s.name}/outliers.x"
-        if key not in self.shared:
-            dims = [*x.shape[:-1], apart.size] if x.shape is not None else None
-            (self.shared[key],) = self.make(
-                "Gather", [x, self.constant(f"{name}.channels", apart)], name, [kind], dims and ir.Shape(dims), axis=-1
-            )
-            self.graph.insert_before(node, self.made)
-        _, rows = weights_of(self.p, s, np.asarray(weight.const_value.numpy(), np.float32))
-        negated = self.constant(f"{s.name}/outliers.weight", (-rows).astype(kind.numpy()))
-        (rest,) = self.make("MatMul", [self.shared[key], negated], f"{s.name}/outliers", [kind], node.outputs[0].shape)
+    def outliers_product(self, node: ir.Node, s: Site, x: ir.Value) -> ir.Value:
+        """The negative product of the channels that are not quantized, in the base precision."""
+        outliers, weight = self.p.outliers_of(s), self.graph.initializers[s.weight].const_value
+        assert weight is not None
+        kind, name = base_of(x), f"{s.name}/outliers"
+        shape = ir.Shape([*x.shape[:-1], outliers.size]) if x.shape is not None else None
+        channels = self.constant(f"{name}.channels", outliers)
+        few = self.before(node, s, "outliers", "Gather", [x, channels], shape, axis=-1)
+        rows = -outliers_part(self.p, s, np.asarray(weight.numpy(), np.float32))
+        weights = self.constant(f"{name}.weight", rows.astype(kind.numpy()))
+        (product,) = self.make("MatMul", [few, weights], f"{name}.y", [kind], node.outputs[0].shape)
         self.graph.insert_before(node, self.made)
-        return rest
+        return product
 
-    def add(self, node: ir.Node, rest: ir.Value | None, s: Site) -> None:
-        """The negative of what stands apart is subtracted: an addition ONNX Runtime might make a Gemm's."""
-        if rest is None:
+    def before(
+        self, node: ir.Node, s: Site, what: str, op: str, inputs: Sequence[ir.Value], shape: Any, **attrs: Any
+    ) -> ir.Value:
+        """A node before this one that all sites with the same input share."""
+        key = f"{s.activation}|{what}"
+        if key not in self.shared:
+            (self.shared[key],) = self.make(op, inputs, f"{s.name}/{what}.x", [base_of(inputs[0])], shape, **attrs)
+            self.graph.insert_before(node, self.made)
+        return self.shared[key]
+
+    def subtract(self, node: ir.Node, product: ir.Value | None) -> None:
+        """Takes the negative product of the outliers from the node's output: an addition ONNX Runtime might make a
+        Gemm's."""
+        if product is None:
             return
         few = node.outputs[0]
         name = str(few.name)
-        whole = ir.node("Sub", [few, rest], name=f"{s.name}/whole", metadata_props=dict(node.metadata_props))
-        made = whole.outputs[0]
-        made.type, made.shape = few.type, few.shape
-        few.replace_all_uses_with(made, replace_graph_outputs=True)
-        whole.replace_input_with(0, few)
-        few.name, made.name = f"{name}.few", name
-        self.graph.insert_after(node, whole)
+        (whole,) = self.make("Sub", [few, product], f"{product.name}.sum", [base_of(few)], few.shape)
+        few.replace_all_uses_with(whole, replace_graph_outputs=True)
+        self.made.replace_input_with(0, few)
+        few.name, whole.name = f"{name}.few", name
+        self.graph.insert_after(node, self.made)
 
     # --- pieces ---
 
@@ -357,7 +367,7 @@ class Builder:
         fmt, axis, block = self.p.format, self.p.axis(s), self.p.block(s)
 
         def floats() -> Array:
-            return weights_of(self.p, s, np.asarray(tensor.numpy(), np.float32))[0]
+            return quantized_part(self.p, s, np.asarray(tensor.numpy(), np.float32))
 
         whole = floats()
         scale, shape = scales_of(self.p, s, node, whole), whole.shape
@@ -454,11 +464,14 @@ class Builder:
 
     def sums(self) -> None:
         """An Add before a LayerNormalization as Sum. Of an Add ONNX Runtime makes one SkipLayerNormalization of both,
-        whose CPU kernel takes six times as long as the two apart (1.31)."""
+        whose CPU kernel takes six times as long as the two apart (1.31); not where others read the Add too."""
         for norm in [n for n in self.graph if n.op_type == "LayerNormalization"]:
             x = norm.inputs[0]
             add = x.producer() if x is not None else None
-            if add is not None and add.op_type == "Add" and base_of(add.outputs[0]) == ir.DataType.FLOAT:
+            if x is None or add is None or add.op_type != "Add" or base_of(x) != ir.DataType.FLOAT:
+                continue
+            alike = all(v is not None and v.shape is not None and v.shape == x.shape for v in add.inputs)
+            if alike and len(x.uses()) == 1 and not x.is_graph_output():
                 add.op_type = "Sum"
 
     def once(self, name: str, array: Array) -> ir.Value:
@@ -473,9 +486,10 @@ class Builder:
     def dynamic(self, node: ir.Node, s: Site, x: ir.Value) -> ir.Node:
         """The pattern that ONNX Runtime runs as one DynamicQuantizeMatMul: scale and zero point of x at run time."""
         make, scale, shape = self.numbers(node, s)
-        out, apart = node.outputs[0], self.p.apart(s)
-        if apart.size:
-            x = self.masked(node, s, x)
+        out, outliers = node.outputs[0], (self.p.outliers or {}).get(s.activation)
+        if outliers is not None:
+            mask = self.constant(f"{s.name}/rest.mask", (~outliers).astype(base_of(x).numpy()))
+            x = self.before(node, s, "rest", "Mul", [x, mask], x.shape)
         name, few, fp32 = self.fresh(s.weight), ir.DataType.INT8, ir.DataType.FLOAT
         weight = self.register(f"{name}.int8", QuantizedWeight(name, few, shape, make))
         scales = self.constant(f"{name}.scale", scale.astype(np.float32))
@@ -497,16 +511,13 @@ class Builder:
         y.name = name
         return self.made
 
-    def masked(self, node: ir.Node, s: Site, x: ir.Value) -> ir.Value:
-        """The input with zeros in the channels that stand apart: its range is found at run time."""
-        key, name, kind = f"{s.activation}|rest", f"{s.name}/rest.x", base_of(x)
-        if key not in self.shared:
-            mask = ~(self.p.outliers or {})[s.activation]
-            (self.shared[key],) = self.make(
-                "Mul", [x, self.constant(f"{name}.mask", mask.astype(kind.numpy()))], name, [kind], x.shape
-            )
-            self.graph.insert_before(node, self.made)
-        return self.shared[key]
+
+def with_bias(node: ir.Node) -> ir.Node:
+    """The Add of a constant that is all that reads the node, which ONNX Runtime merges into it; else the node."""
+    uses = list(node.outputs[0].uses())
+    add = uses[0].node if len(uses) == 1 and not node.outputs[0].is_graph_output() else None
+    merged = add is not None and add.op_type == "Add" and initializer(add.inputs[1 - uses[0].idx])
+    return add if add is not None and merged else node
 
 
 def base_of(value: ir.Value) -> ir.DataType:

@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from optimize.compile.runners import NUMPY_OF_ORT, Feeds
+from optimize.compile.runners import CPU, NUMPY_OF_ORT, SLOW_ON_CPU, Feeds
 
 FOLDER = "session.model_external_initializers_file_folder_path"
 NO_QDQ = "session.disable_quant_qdq"
@@ -47,7 +47,9 @@ class GraphSession:
                 out.type.tensor_type.elem_type = int(kinds[name] or ir.DataType.FLOAT)
         options = options or session_options()
         options.add_session_config_entry(FOLDER, str(folder))
-        self.session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        self.session = ort.InferenceSession(
+            model.SerializeToString(), options, providers=[CPU], disabled_optimizers=SLOW_ON_CPU
+        )
         self.kinds = {i.name: NUMPY_OF_ORT[i.type] for i in self.session.get_inputs()}
         self.optional = {i.name: NUMPY_OF_ORT[i.type] for i in self.session.get_overridable_initializers()}
 

@@ -18,11 +18,11 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from .place import Placement, bias_of, quantizes_output, scales_of, weights_of
+from .place import Placement, bias_of, outliers_part, quantized_part, quantizes_output, scales_of
 from .running import GraphSession
 from .scales import dequantize, quantize, spread
 from .sets import write_whole
-from .sites import Site
+from .sites import Site, turned
 
 
 @dataclass(frozen=True)
@@ -124,16 +124,17 @@ def error_maker(node: ir.Node, s: Site, p: Placement) -> Callable[[Any, Any], tu
         return torch.from_numpy(dequantize(quantize(x.numpy(), scale, p.activations, zero), scale, zero))
 
     def make(x: torch.Tensor, weight: Any) -> tuple[torch.Tensor, float]:
-        w = np.ascontiguousarray(weight.T) if s.kind == "linear" and s.axis == 0 else weight
-        whole, rows = weights_of(p, s, weight)
+        w = np.ascontiguousarray(turned(s, weight)) if s.kind == "linear" else weight
+        whole = quantized_part(p, s, weight)
         scale = spread(scales_of(p, s, node, whole), whole.shape, axis, block)
         rounded = dequantize(quantize(whole, scale, fmt), scale)
-        x, smoothing = x.float(), (p.smoothing or {}).get(s.activation)
-        seen = x / torch.from_numpy(smoothing.divisor) if smoothing and s.kind == "linear" else x
-        apart = torch.from_numpy(p.apart(s))
-        rest = seen[..., apart] @ torch.from_numpy(rows) if len(apart) else torch.zeros(())
-        if len(apart):
-            seen = seen.index_fill(-1, apart, 0.0)
+        x, rest = x.float(), torch.zeros(())
+        seen = x
+        if s.kind == "linear":
+            smoothing, outliers = (p.smoothing or {}).get(s.activation), torch.from_numpy(p.outliers_of(s))
+            seen = x / torch.from_numpy(smoothing.divisor) if smoothing else x
+            rest = seen[..., outliers] @ torch.from_numpy(outliers_part(p, s, weight))
+            seen = seen.index_fill(-1, outliers, 0.0)
         if p.scheme.activations == "static":
             seen = few(seen, s.activation)
         elif p.scheme.activations == "dynamic":
@@ -211,8 +212,8 @@ def digest_of(graph: str, p: Placement, sites: Sequence[Site], feeds: Sequence[M
     hasher = hashlib.sha256(json.dumps([graph, p.scheme.name, p.scheme.block, p.runtime, p.method]).encode())
     for name, smoothing in sorted((p.smoothing or {}).items()):
         hasher.update(name.encode() + smoothing.divisor.tobytes())
-    for name, apart in sorted((p.outliers or {}).items()):
-        hasher.update(name.encode() + apart.tobytes())
+    for name, outliers in sorted((p.outliers or {}).items()):
+        hasher.update(name.encode() + outliers.tobytes())
     for name in p.taps():
         hasher.update(f"{name}={p.grid(name)}".encode())
     for s in sites:

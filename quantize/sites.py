@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 from optimize.errors import InputError
 
+from .scales import Array
 from .schemes import Scheme
 
 FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
@@ -66,6 +67,11 @@ def module_of(node: ir.Node) -> str:
 
 def initializer(value: ir.Value | None) -> bool:
     return value is not None and value.const_value is not None and value.is_initializer()
+
+
+def turned(s: Site, weight: Array) -> Array:
+    """A linear site's weight as `[in, out]`."""
+    return weight.T if s.axis == 0 else weight
 
 
 def sites_of(model: ir.Model) -> list[Site]:

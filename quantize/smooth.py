@@ -13,7 +13,7 @@ import numpy as np
 import onnx_ir as ir
 
 from .scales import Array
-from .sites import Site, initializer
+from .sites import Site, initializer, turned
 
 NORMS = {"LayerNormalization": (1, 2), "RMSNormalization": (1,)}
 """Operator -> its inputs that are multiplied into its output's channels."""
@@ -78,5 +78,4 @@ def weight_of(model: ir.Model, s: Site) -> Array:
     """A linear site's weight as fp32 `[in, out]`."""
     tensor = model.graph.initializers[s.weight].const_value
     assert tensor is not None
-    array = tensor.numpy().astype(np.float32)
-    return array.T if s.axis == 0 else array
+    return turned(s, tensor.numpy().astype(np.float32))

@@ -59,11 +59,11 @@ def test_a_case_with_its_sides(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert str(tmp_path) not in json.dumps(record["rows"])
 
 
-def test_norms_alone(tmp_path: Path) -> None:
+def test_instance_norms_alone(tmp_path: Path) -> None:
     """The change that goes with our int8 convolutions is a side of its own: the same numbers, nothing quantized."""
-    record = run(tmp_path, "--only", "vae", "--side", "norms", "modelopt")
+    record = run(tmp_path, "--only", "vae", "--side", "instance-norms", "modelopt")
     (row,) = record["rows"]
-    side = row["sides"]["norms"]
+    side = row["sides"]["instance-norms"]
     assert side["quality"]["first"]["snr"] > 100 and side["bytes"] == pytest.approx(row["base"]["bytes"], rel=0.05)
     assert row["sides"]["modelopt"]["state"] == "skipped" and "--make-modelopt-env" in row["sides"]["modelopt"]["why"]
     assert row["best"] is None and "nothing of ours was measured" in bench_quantize.verdicts(record)[0]

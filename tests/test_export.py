@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -207,8 +208,9 @@ def test_a_source_that_is_no_text_is_refused_and_a_path_is_taken(tmp_path: Path)
     for wrong in (component, torch.nn.Linear(7, 7), None):
         with pytest.raises(InputError, match=r"the source is no text[\s\S]*python:MODULE:FUNCTION"):
             optimize.export(wrong, tmp_path / "b")
-    with pytest.raises(InputError, match="nosuch"):
-        optimize.export(tmp_path / "nosuch", tmp_path / "b")
+    for missing in (tmp_path / "nosuch", Path("demo")):  # a path is never the name of something built in
+        with pytest.raises(InputError, match=rf"unknown source {re.escape(str(missing.resolve()))}"):
+            optimize.export(missing, tmp_path / "b")
 
 
 @pytest.mark.parametrize(

@@ -12,22 +12,24 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx_ir as ir
+import onnxruntime as ort
 import pytest
 import torch
 from onnx import TensorProto, helper
 from test_place import Given, copied, graph, linear, normal, run, run_plain, written
 
 import optimize
+from optimize.compile.records import Receipt
 from optimize.compile.runners import OnnxRuntimeRunner
 from optimize.quantize import receipt, sensitivity
-from optimize.quantize.calibrate import calibrate
+from optimize.quantize.calibrate import Seen, calibrate
 from optimize.quantize.outliers import ENOUGH, largest, outliers
 from optimize.quantize.place import Placement
-from optimize.quantize.running import NO_QDQ, GraphSession, session_options
-from optimize.quantize.scales import dequantize, quantize, spread, weight_scale
+from optimize.quantize.running import NO_QDQ, session_options
+from optimize.quantize.scales import Histogram, dequantize, grid_of, quantize, spread, weight_scale
 from optimize.quantize.schemes import FORMATS, SCHEMES
 from optimize.quantize.sites import planned, sites_of
-from optimize.quantize.smooth import candidates, smoothings
+from optimize.quantize.smooth import Smoothing, candidates, smoothings
 
 
 def placement(model: ir.Model, scheme: str, feeds: dict[str, torch.Tensor], smooth: bool = False) -> Placement:
@@ -39,7 +41,7 @@ def placement(model: ir.Model, scheme: str, feeds: dict[str, torch.Tensor], smoo
     channels = {n: s.channels for n, s in first.seen.items() if s.channels is not None}
     if smooth:
         p = dataclasses.replace(p, smoothing=smoothings(model, candidates(model, p.sites), channels))
-    p = dataclasses.replace(p, outliers=outliers(p.sites, {n: c for n, c in channels.items()}))
+    p = dataclasses.replace(p, outliers=outliers(p.sites, channels, p.smoothing or {}))
     divided = p.divisors()
     again = calibrate(copied(model), Path(), list(divided), Given([feeds]), divided=divided).seen if divided else {}
     return dataclasses.replace(p, calibration=dataclasses.replace(first, seen={**first.seen, **again}))
@@ -82,9 +84,10 @@ def test_only_what_linear_layers_read_stands_apart() -> None:
     model = graph(nodes, {"x": [1, 7, 63, 64]}, weights)
     sites = planned(sites_of(model), SCHEMES["int8"], "onnxruntime")
     channels = {n: np.array([50.0] + [1.0] * 63) for n in "xm"}
-    assert list(outliers(sites, channels)) == ["m"]
-    assert list(outliers([dataclasses.replace(s, stays="so") for s in sites], channels)) == []
-    assert list(outliers([s for s in sites if s.kind == "linear"], {})) == []
+    assert list(outliers(sites, channels, {})) == ["m"]
+    assert list(outliers([dataclasses.replace(s, stays="so") for s in sites], channels, {})) == []
+    even = {"m": Smoothing("m", channels["m"], ())}
+    assert list(outliers(sites, channels, even)) == []  # nothing stands out of what was smoothed
 
 
 def reference(x: Any, w: Any, p: Placement, dynamic: bool) -> Any:
@@ -192,20 +195,63 @@ def test_a_sum_is_not_fused_into_a_norm(tmp_path: Path) -> None:
     model = graph(nodes, {"x": ["batch", 7, 64]}, weights, TensorProto.FLOAT)
     feeds = {"x": torch.from_numpy(normal(3, 7, 64))}
 
-    def optimized(path: Path) -> set[str]:
-        GraphSession(ir.load(path), path.parent, options=session_options(tmp_path / "o.onnx"))
-        return {n.op_type for n in onnx.load(tmp_path / "o.onnx", load_external_data=False).graph.node}
-
     ir.save(copied(model), tmp_path / "plain.onnx")
     assert "SkipLayerNormalization" in optimized(tmp_path / "plain.onnx")  # else the rewrite can go
     path = written(model, placement(model, "int8", feeds), tmp_path)
-    assert {"Sum", "LayerNormalization"} <= optimized(path) and "SkipLayerNormalization" not in optimized(path)
+    assert {"Sum", "LayerNormalization"} <= set(kinds := optimized(path)) and "SkipLayerNormalization" not in kinds
     exact = run_plain(model, feeds)
     assert np.linalg.norm(run(path, feeds) - exact) / np.linalg.norm(exact) < 0.03
     with OnnxRuntimeRunner(tmp_path / "plain.onnx", trace=tmp_path / "trace") as runner:
         assert np.allclose(runner.infer(feeds)["y"].numpy(), exact, atol=1e-5)
         trace = Path(runner._session.end_profiling()).read_text()
     assert "SkipLayerNormalization" not in trace and "LayerNormalization" in trace
+
+
+def optimized(path: Path) -> Counter[str]:
+    """The kinds of nodes that ONNX Runtime makes of a file by itself."""
+    options = session_options(path.parent / "optimized.onnx")
+    ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    graph = onnx.load(path.parent / "optimized.onnx", load_external_data=False).graph
+    return Counter(n.op_type for n in graph.node)
+
+
+def test_other_sums_stay_as_they_are(tmp_path: Path) -> None:
+    """A residual that is read on, as in pre-norm networks, and a bias: ONNX Runtime fuses neither into a norm."""
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["m"], name="layer/MatMul"),
+        helper.make_node("Add", ["m", "b"], ["a"], name="layer/Add"),
+        helper.make_node("LayerNormalization", ["a", "g", "b"], ["n"], name="norm/LayerNormalization"),
+        helper.make_node("Add", ["n", "x"], ["s"], name="block/Add"),
+        helper.make_node("LayerNormalization", ["s", "g", "b"], ["o"], name="last/LayerNormalization"),
+        helper.make_node("Mul", ["o", "s"], ["y"], name="last/Mul"),
+    ]
+    model = graph(nodes, {"x": ["batch", 7, 64]}, {"w": normal(64, 64), "g": normal(64), "b": normal(64)})
+    path = written(model, placement(model, "int8-dynamic", {"x": torch.from_numpy(normal(1, 7, 64))}), tmp_path)
+    assert "Sum" not in {n.op_type for n in onnx.load(path, load_external_data=False).graph.node}
+
+
+def test_a_bias_stays_in_the_dynamic_kernel(tmp_path: Path) -> None:
+    model, feeds = linear(7, 64, 32), {"x": with_outliers(1, 7, 64)}
+    kinds = optimized(written(model, placement(model, "int8-dynamic", feeds), tmp_path))
+    assert kinds == {"DynamicQuantizeMatMul": 1, "Mul": 1, "Gather": 1, "MatMul": 1, "Sub": 1}
+
+
+@pytest.mark.parametrize("method", ["minmax", "percentile", "entropy", "mse"])
+def test_a_grid_is_that_of_the_other_channels(method: str) -> None:
+    """What is multiplied apart is not counted, not as zeros either; a sample of no rows counts as none."""
+    model, feeds = linear(77, 64, 32), {"x": with_outliers(1, 77, 64)}
+    p = placement(model, "int8", feeds)
+    assert p.outliers is not None
+    seen = calibrate(copied(model), Path(), ["x"], Given([feeds, feeds]), divided=p.divisors()).seen["x"].histogram
+    assert seen.counts.sum() == 2 * 77 * 60 and seen.zeros == 0
+    few = feeds["x"][..., torch.from_numpy(~p.outliers["x"])]
+    alone = Histogram()
+    alone.add(few)
+    alone.add(few)
+    assert grid_of(seen, method, p.activations) == grid_of(alone, method, p.activations)
+    empty = Seen()
+    empty.add(torch.zeros(1, 0, 64), True)
+    assert empty.channels is None and not empty.histogram.counts.any()
 
 
 # --- as a user -------------------------------------------------------------------------------------------------------
@@ -225,23 +271,55 @@ class Hot(torch.nn.Module):
         return torch.nn.functional.layer_norm(h + self.down(torch.nn.functional.gelu(self.up(h))), (64,))
 
 
+class Even(torch.nn.Module):
+    """A norm that only a linear layer reads, one channel twice as large: SmoothQuant evens it out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.up = torch.nn.LayerNorm(64), torch.nn.Linear(64, 128)
+        with torch.no_grad():
+            self.norm.weight[5] = 2
+            self.up.weight.copy_(0.1 * self.up.weight.sign())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.gelu(self.up(self.norm(x)))
+
+
+def exported_block(block: torch.nn.Module, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    spec = optimize.TensorSpec("x", ("batch", "tokens", 64))
+    axes = [optimize.Axis("batch", 1, 2, 4), optimize.Axis("tokens", 1, 63, 77)]
+    module = types.ModuleType("hot_block")
+    module.block = lambda: optimize.Component.from_module(block, [spec], ["y"], axes)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "hot_block", module)
+    optimize.export("python:hot_block:block", folder)
+    return folder
+
+
+def receipts(folder: Path, scheme: str, word: str) -> list[Receipt]:
+    """With and without what the word stands for."""
+    words: dict[str, Any] = {"scheme": scheme, "samples": 8, "budgets": ["cosine>=0.9"], "trust_remote_code": True}
+    found = []
+    for value in (True, False):
+        optimize.quantize(folder, **words, **{word: value})
+        (made,) = (a for a in optimize.Bundle.read(folder).manifest.artifacts.values() if a.receipt)
+        assert made.receipt is not None
+        found.append(made.receipt)
+    return found
+
+
+def test_what_smoothing_evens_out_stays_in_integers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    smooth, plain = receipts(exported_block(Even(), tmp_path / "b", monkeypatch), "int8", "smooth")
+    assert (smooth.smoothed, smooth.split) == (1, 0)
+    assert (plain.smoothed, plain.split) == (0, 1)
+
+
 @pytest.mark.parametrize("scheme", ["int8", "int8-dynamic"])
 def test_layers_with_outliers_are_quantized_and_the_manifest_says_how(
     tmp_path: Path, scheme: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(0)
-    spec = optimize.TensorSpec("x", ("batch", "tokens", 64))
-    axes = [optimize.Axis("batch", 1, 2, 4), optimize.Axis("tokens", 1, 63, 77)]
-    module = types.ModuleType("hot_block")
-    module.block = lambda: optimize.Component.from_module(Hot(), [spec], ["y"], axes)  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "hot_block", module)
-    optimize.export("python:hot_block:block", tmp_path / "b")
-    found, words = {}, {"scheme": scheme, "samples": 8, "budgets": ["cosine>=0.9"], "trust_remote_code": True}
-    for outliers_too in (True, False):
-        optimize.quantize(tmp_path / "b", outliers=outliers_too, **words)
-        (made,) = (a for a in optimize.Bundle.read(tmp_path / "b").manifest.artifacts.values() if a.receipt)
-        found[outliers_too] = made.receipt
-    apart, together = found[True], found[False]
+    apart, together = receipts(exported_block(Hot(), tmp_path / "b", monkeypatch), scheme, "outliers")
     assert (apart.split, together.split) == (1, 0)
     assert apart.chosen == apart.exported == apart.kernels == 2
     whys = {x.module: x.why for x in apart.layers}

@@ -72,12 +72,12 @@ CASES: Mapping[str, Case] = {
         "SD 1.5's U-Net, 32 x 32 latents", "arch:sd15-unet", "C2", (*images(256), "tokens=77"), samples=8
     ),
 }
-OTHERS = ("dynamo", "norms", "ort-static", "ort-dynamic", "modelopt", "bf16")
+OTHERS = ("dynamo", "instance-norms", "ort-static", "ort-dynamic", "modelopt", "bf16")
 MEANING: Mapping[str, str] = {
     "base": "our fp32 export in ONNX Runtime: every ratio is over it",
     "dynamo": "torch.onnx.export(dynamo=True) in fp32 at the same sizes",
-    "norms": "our fp32 export with its norms as our int8 graphs for ONNX Runtime have them (InstanceNormalization; no "
-    "sums fused into LayerNormalization): what int8 itself gives is their ratio over this one",
+    "instance-norms": "our fp32 export with GroupNormalization written as InstanceNormalization, as our int8 graphs "
+    "for ONNX Runtime have it: what int8 itself gives is their ratio over this one",
     "ort-static": "onnxruntime.quantization.quantize_static on our fp32 graph, its defaults",
     "ort-dynamic": "onnxruntime.quantization.quantize_dynamic on our fp32 graph, its defaults",
     "modelopt": "modelopt.onnx.quantization.quantize on our fp32 graph, int8, its defaults, the rest in fp32",
@@ -124,8 +124,8 @@ def source_of(case: Case) -> str:
 def sides_of(bench: Bench, case: Case, base: Mapping[str, Any]) -> dict[str, str]:
     """Side -> why it is left out, or nothing."""
     found = dict.fromkeys((*case.schemes, *OTHERS), "")
-    if not base["norms"]:
-        del found["norms"]
+    if not base["group_norms"]:
+        del found["instance-norms"]
     if bench.modelopt is None:
         found["modelopt"] = "skipped: needs --modelopt-python (--make-modelopt-env FOLDER makes its environment)"
     return {s: why for s, why in found.items() if not bench.sides or s in bench.sides}

@@ -291,7 +291,7 @@ SIDES: Mapping[str, Side] = {
         for name, job in (
             ("quantize-base", "base"),
             ("quantize-ours", "quantized"),
-            ("quantize-norms", "norms"),
+            ("quantize-instance-norms", "instance_norms"),
             ("quantize-dynamo", "dynamo"),
             ("quantize-ort-static", "ort_static"),
             ("quantize-ort-dynamic", "ort_dynamic"),

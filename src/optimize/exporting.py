@@ -162,14 +162,15 @@ def source_text(text: str | os.PathLike[str]) -> str:
     is no text."""
     from optimize.compile.sources import is_local
 
-    if not isinstance(text, str | os.PathLike):
+    if isinstance(text, os.PathLike):
+        return str(Path(text).resolve())
+    if not isinstance(text, str):
         raise InputError(
             "the source is no text",
             got=type(text).__name__,
             expected="a folder, a repository, arch:NAME or python:MODULE:FACTORY",
             mend="for a module of your own: a function that gives it (or a Component), named python:MODULE:FUNCTION",
         )
-    text = os.fspath(text)
     return str(Path(text).resolve()) if is_local(text) else text
 
 

@@ -454,21 +454,18 @@ def calibrated(work: Work) -> Placement:
     request, start = work.request, time.perf_counter()
     scheme = with_block(SCHEMES[request.scheme], request.block)
     placement = Placement(scheme, request.runtime, request.method, tuple(work.sites))
-    apart = request.outliers and request.runtime == "onnxruntime" and scheme.activations != ""
-    smooth = request.smooth and scheme.activations == "static"
-    linear = [s.activation for s in placement.chosen() if s.kind == "linear"] if apart or smooth else []
+    model = ir.load(work.path)
+    groups = candidates(model, work.sites) if request.smooth and scheme.activations == "static" else {}
+    parted = request.outliers and request.runtime == "onnxruntime" and scheme.activations != ""
+    linear = [s.activation for s in placement.chosen() if s.kind == "linear"] if parted else list(groups)
     if taps := list(dict.fromkeys([*placement.taps(), *linear])):
         assert work.samples is not None
-        model = ir.load(work.path)
         calibrate_on = partial(calibrate, model, work.path.parent, graph=work.graph, say=work.say)
         first = calibrate_on(taps, work.samples, by_channel=frozenset(linear), cache=work.cache("ranges.npz"))
         channels = {name: s.channels for name, s in first.seen.items() if s.channels is not None}
-        placement = replace(placement, calibration=first)
-        if smooth:
-            placement = replace(placement, smoothing=smoothings(model, candidates(model, work.sites), channels))
-        if apart:
-            left = {n: c / s.divisor if (s := (placement.smoothing or {}).get(n)) else c for n, c in channels.items()}
-            placement = replace(placement, outliers=outliers(work.sites, left))
+        smoothing = smoothings(model, groups, channels)
+        found = outliers(work.sites, channels, smoothing) if parted else {}
+        placement = replace(placement, calibration=first, smoothing=smoothing, outliers=found)
         changed = {name: vector for name, vector in placement.divisors().items() if name in placement.taps()}
         if changed:
             again = calibrate_on(list(changed), work.samples, divided=changed, cache=work.cache("changed.npz"))

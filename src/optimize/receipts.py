@@ -235,7 +235,7 @@ def receipt_of(work: Work, placement: Placement, quality: list[Quality]) -> Rece
         kernels=len(fused) if fused is not None else None,
         lost=lost,
         smoothed=len(placement.smoothing or {}),
-        split=sum(placement.apart(s).size > 0 for s in placement.chosen()),
+        split=sum(placement.outliers_of(s).size > 0 for s in placement.chosen()),
         checks=work.trials,
         bytes_base=before,
         bytes_quantized=sum(f.stat().st_size for f in weights) + path.stat().st_size,
@@ -256,7 +256,7 @@ def receipt_of(work: Work, placement: Placement, quality: list[Quality]) -> Rece
 
 def outliers_of(placement: Placement, s: Site) -> str:
     """What of a quantized layer is not, in words."""
-    count = placement.apart(s).size
+    count = placement.outliers_of(s).size
     return f"{count} outlier channels of its input stay in the base precision" if count else ""
 
 
