@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import shutil
@@ -278,3 +279,13 @@ def test_an_artifact_is_verified_with_its_own_axes(tmp_path: Path) -> None:
     optimize.export("demo", tmp_path / "b", axes=["tokens=7", "batch=1"], **words)
     optimize.export("demo", tmp_path / "b", precisions=["fp16"], **words)
     assert {v.state for v in optimize.verify(tmp_path / "b")} == {"passed"}
+
+
+@pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="skipped: needs tensorrt-rtx")
+def test_an_engine_has_its_graphs_axes(tmp_path: Path) -> None:
+    words = {"components": ["text_encoder"]}
+    optimize.export("demo", tmp_path / "b", axes=["tokens=1:7:16"], **words)
+    optimize.export("demo", tmp_path / "b", precisions=["fp16"], axes=["tokens=1:2:3"], **words)
+    optimize.build(tmp_path / "b", targets=["sm89"], precisions=["fp32"])
+    (engine,) = (a for a in optimize.Bundle.read(tmp_path / "b").manifest.artifacts.values() if a.kind == "engine")
+    assert engine.spec["profile"] == {"input_ids": [[1, 1], [1, 7], [8, 16]]}

@@ -25,7 +25,7 @@ from optimize.quantize import receipt, sensitivity
 from optimize.quantize.calibrate import Seen, calibrate
 from optimize.quantize.outliers import ENOUGH, largest, outliers
 from optimize.quantize.place import Placement
-from optimize.quantize.running import NO_QDQ, session_options
+from optimize.quantize.running import NO_QDQ, GraphSession, session_options
 from optimize.quantize.scales import Histogram, dequantize, grid_of, quantize, spread, weight_scale
 from optimize.quantize.schemes import FORMATS, SCHEMES
 from optimize.quantize.sites import planned, sites_of
@@ -199,6 +199,10 @@ def test_a_sum_is_not_fused_into_a_norm(tmp_path: Path) -> None:
     assert "SkipLayerNormalization" in optimized(tmp_path / "plain.onnx")  # else the rewrite can go
     path = written(model, placement(model, "int8", feeds), tmp_path)
     assert {"Sum", "LayerNormalization"} <= set(kinds := optimized(path)) and "SkipLayerNormalization" not in kinds
+    GraphSession(
+        copied(model), tmp_path, options=session_options(tmp_path / "ours.onnx")
+    )  # what receipts are timed with
+    assert "LayerNormalization" in {n.op_type for n in onnx.load(tmp_path / "ours.onnx").graph.node}
     exact = run_plain(model, feeds)
     assert np.linalg.norm(run(path, feeds) - exact) / np.linalg.norm(exact) < 0.03
     with OnnxRuntimeRunner(tmp_path / "plain.onnx", trace=tmp_path / "trace") as runner:
