@@ -9,7 +9,7 @@ TensorRT: inputs and weights, nothing else; it finds the rest by itself.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -34,8 +34,8 @@ class Placement:
     method: str
     sites: Sequence[Site]
     calibration: Calibration | None = None
-    smoothing: Mapping[str, Smoothing] | None = None
-    outliers: Mapping[str, Array] | None = None
+    smoothing: Mapping[str, Smoothing] = field(default_factory=dict)
+    outliers: Mapping[str, Array] = field(default_factory=dict)
     """Activation -> which of its channels are not quantized, truth values."""
 
     @property
@@ -61,14 +61,19 @@ class Placement:
 
     def outliers_of(self, s: Site) -> Array:
         """The channels of a site's input that are not quantized, ascending."""
-        found = (self.outliers or {}).get(s.activation) if s.kind == "linear" else None
+        found = self.outliers.get(s.activation) if s.kind == "linear" else None
         return np.flatnonzero(found) if found is not None else np.zeros(0, np.int64)
+
+    def divisor(self, s: Site) -> Array | None:
+        """What each channel of a site's input is divided by where it is smoothed."""
+        found = self.smoothing.get(s.activation) if s.kind == "linear" else None
+        return found.divisor if found is not None else None
 
     def divisors(self) -> dict[str, Array]:
         """Activation -> what each channel is divided by before it is quantized; infinity where it is not quantized."""
-        found = {name: smoothing.divisor for name, smoothing in (self.smoothing or {}).items()}
-        masks = self.outliers or {}
-        return found | {n: np.where(m, np.float32(np.inf), found.get(n, np.float32(1))) for n, m in masks.items()}
+        found = {name: smoothing.divisor for name, smoothing in self.smoothing.items()}
+        never, same = np.float32(np.inf), np.float32(1)
+        return found | {name: np.where(m, never, found.get(name, same)) for name, m in self.outliers.items()}
 
     def taps(self) -> list[str]:
         """The values whose ranges this needs."""
@@ -116,26 +121,26 @@ def quantized_part(p: Placement, s: Site, weight: Array) -> Array:
     """What is quantized of a weight: a linear site's turned to `[in, out]` and smoothed, its outliers' rows zero."""
     if s.kind != "linear":
         return weight
-    smoothing, outliers = (p.smoothing or {}).get(s.activation), p.outliers_of(s)
+    divisor, outliers = p.divisor(s), p.outliers_of(s)
     whole = turned(s, weight)
-    whole = whole * smoothing.divisor[:, None] if smoothing is not None else whole
+    whole = whole * divisor[:, None] if divisor is not None else whole
     if outliers.size:
-        whole = whole.copy() if smoothing is None else whole
+        whole = whole.copy() if divisor is None else whole
         whole[outliers] = 0
     return whole
 
 
 def outliers_part(p: Placement, s: Site, weight: Array) -> Array:
     """The rest of a linear site's weight, `[outliers, out]`."""
-    smoothing, outliers = (p.smoothing or {}).get(s.activation), p.outliers_of(s)
+    divisor, outliers = p.divisor(s), p.outliers_of(s)
     rows = turned(s, weight)[outliers]
-    return rows * smoothing.divisor[outliers, None] if smoothing is not None else rows
+    return rows * divisor[outliers, None] if divisor is not None else rows
 
 
 def smoothed_in(p: Placement) -> dict[str, Smoothing]:
     """The vectors of activations that a quantized site reads; where all stay high there is nothing to smooth."""
     read = {s.activation for s in p.chosen() if s.kind == "linear"}
-    return {name: s for name, s in (p.smoothing or {}).items() if name in read}
+    return {name: s for name, s in p.smoothing.items() if name in read}
 
 
 class QuantizedWeight(ir.LazyTensor):
@@ -486,7 +491,7 @@ class Builder:
     def dynamic(self, node: ir.Node, s: Site, x: ir.Value) -> ir.Node:
         """The pattern that ONNX Runtime runs as one DynamicQuantizeMatMul: scale and zero point of x at run time."""
         make, scale, shape = self.numbers(node, s)
-        out, outliers = node.outputs[0], (self.p.outliers or {}).get(s.activation)
+        out, outliers = node.outputs[0], self.p.outliers.get(s.activation)
         if outliers is not None:
             mask = self.constant(f"{s.name}/rest.mask", (~outliers).astype(base_of(x).numpy()))
             x = self.before(node, s, "rest", "Mul", [x, mask], x.shape)

@@ -131,8 +131,8 @@ def error_maker(node: ir.Node, s: Site, p: Placement) -> Callable[[Any, Any], tu
         x, rest = x.float(), torch.zeros(())
         seen = x
         if s.kind == "linear":
-            smoothing, outliers = (p.smoothing or {}).get(s.activation), torch.from_numpy(p.outliers_of(s))
-            seen = x / torch.from_numpy(smoothing.divisor) if smoothing else x
+            divisor, outliers = p.divisor(s), torch.from_numpy(p.outliers_of(s))
+            seen = x / torch.from_numpy(divisor) if divisor is not None else x
             rest = seen[..., outliers] @ torch.from_numpy(outliers_part(p, s, weight))
             seen = seen.index_fill(-1, outliers, 0.0)
         if p.scheme.activations == "static":
@@ -210,9 +210,9 @@ def largest_set(
 def digest_of(graph: str, p: Placement, sites: Sequence[Site], feeds: Sequence[Mapping[str, torch.Tensor]]) -> str:
     """Names all that the figures depend on: graph, scheme, runtime, scales, smoothing, feeds."""
     hasher = hashlib.sha256(json.dumps([graph, p.scheme.name, p.scheme.block, p.runtime, p.method]).encode())
-    for name, smoothing in sorted((p.smoothing or {}).items()):
+    for name, smoothing in sorted(p.smoothing.items()):
         hasher.update(name.encode() + smoothing.divisor.tobytes())
-    for name, outliers in sorted((p.outliers or {}).items()):
+    for name, outliers in sorted(p.outliers.items()):
         hasher.update(name.encode() + outliers.tobytes())
     for name in p.taps():
         hasher.update(f"{name}={p.grid(name)}".encode())

@@ -16,7 +16,7 @@ import onnxruntime as ort
 import pytest
 import torch
 from onnx import TensorProto, helper
-from test_place import Given, copied, graph, linear, normal, run, run_plain, written
+from test_place import Given, constant, copied, graph, linear, norm_and_layer, normal, run, run_plain, written
 
 import optimize
 from optimize.compile.records import Receipt
@@ -41,7 +41,7 @@ def placement(model: ir.Model, scheme: str, feeds: dict[str, torch.Tensor], smoo
     channels = {n: s.channels for n, s in first.seen.items() if s.channels is not None}
     if smooth:
         p = dataclasses.replace(p, smoothing=smoothings(model, candidates(model, p.sites), channels))
-    p = dataclasses.replace(p, outliers=outliers(p.sites, channels, p.smoothing or {}))
+    p = dataclasses.replace(p, outliers=outliers(p.sites, channels, p.smoothing))
     divided = p.divisors()
     again = calibrate(copied(model), Path(), list(divided), Given([feeds]), divided=divided).seen if divided else {}
     return dataclasses.replace(p, calibration=dataclasses.replace(first, seen={**first.seen, **again}))
@@ -92,7 +92,7 @@ def test_only_what_linear_layers_read_stands_apart() -> None:
 
 def reference(x: Any, w: Any, p: Placement, dynamic: bool) -> Any:
     """The paper's sum: eight bits without the outliers, floating point for them."""
-    apart = np.flatnonzero((p.outliers or {})["x"])
+    apart = np.flatnonzero(p.outliers["x"])
     few, rest, fmt = x.copy(), w.copy(), FORMATS["int8"]
     few[..., apart], rest[apart] = 0, 0
     if dynamic:
@@ -108,7 +108,7 @@ def reference(x: Any, w: Any, p: Placement, dynamic: bool) -> Any:
 @pytest.mark.parametrize(("rows", "k", "n"), [(1, 64, 32), (7, 63, 77), (77, 128, 40), (63, 520, 96)])
 def test_the_graph_is_the_reference_in_integers(tmp_path: Path, scheme: str, rows: int, k: int, n: int) -> None:
     model = linear(rows, k, n)
-    w, b = (model.graph.initializers[name].const_value.numpy() for name in "wb")  # type: ignore[union-attr]
+    w, b = (constant(model, name) for name in "wb")
     feeds = {"x": with_outliers(2, rows, k)}
     p = placement(model, scheme, feeds)
     assert p.outliers and p.outliers["x"][[3, 41]].all()
@@ -116,7 +116,7 @@ def test_the_graph_is_the_reference_in_integers(tmp_path: Path, scheme: str, row
     exact, expected = run_plain(model, feeds), reference(feeds["x"].numpy(), w, p, scheme == "int8-dynamic") + b
     assert np.allclose(run(path, feeds), expected, atol=2e-4 * np.abs(expected).max())
     assert receipt.exported(path, p) == receipt.kernels(path, p, tmp_path) == {"layer/MatMul"}
-    whole = dataclasses.replace(placement(model, scheme, feeds), outliers=None)
+    whole = dataclasses.replace(placement(model, scheme, feeds), outliers={})
     if scheme == "int8":  # its grid is that of all channels
         again = calibrate(copied(model), Path(), ["x"], Given([feeds]))
         whole = dataclasses.replace(whole, calibration=again)
@@ -135,7 +135,7 @@ def test_a_gemm_with_outliers_and_a_bias(tmp_path: Path, batch: int | str) -> No
     feeds = {"x": with_outliers(1, 64)}
     p = placement(model, "int8", feeds)
     path = written(model, p, tmp_path)
-    w, b = (model.graph.initializers[name].const_value.numpy() for name in "wb")  # type: ignore[union-attr]
+    w, b = (constant(model, name) for name in "wb")
     expected = reference(feeds["x"].numpy(), w.T, p, False) + b
     assert np.allclose(run(path, feeds), expected, atol=2e-4 * np.abs(expected).max())
     assert receipt.kernels(path, p, tmp_path) == {"layer/Gemm"}
@@ -156,14 +156,7 @@ def test_layers_that_read_the_same_gather_once(tmp_path: Path, scheme: str) -> N
 
 def test_a_smoothed_input_can_have_outliers_too(tmp_path: Path) -> None:
     """What stands apart is read from the norm that was divided, and by weights that were multiplied."""
-    nodes = [
-        helper.make_node("LayerNormalization", ["x", "g", "h"], ["n"], name="norm/LayerNormalization"),
-        helper.make_node("MatMul", ["n", "w"], ["y"], name="layer/MatMul"),
-    ]
-    gain = np.ones(64, np.float32)
-    gain[7] = 5000
-    model = graph(nodes, {"x": [1, 77, 64]}, {"g": gain, "h": np.zeros(64, np.float32), "w": normal(64, 32)})
-    feeds = {"x": torch.from_numpy(normal(1, 77, 64))}
+    model, feeds = norm_and_layer(5000)
     p = placement(model, "int8", feeds, smooth=True)
     assert p.smoothing and p.outliers and p.outliers["n"][7]
     path, exact = written(model, p, tmp_path), run_plain(model, feeds)
@@ -199,9 +192,7 @@ def test_a_sum_is_not_fused_into_a_norm(tmp_path: Path) -> None:
     assert "SkipLayerNormalization" in optimized(tmp_path / "plain.onnx")  # else the rewrite can go
     path = written(model, placement(model, "int8", feeds), tmp_path)
     assert {"Sum", "LayerNormalization"} <= set(kinds := optimized(path)) and "SkipLayerNormalization" not in kinds
-    GraphSession(
-        copied(model), tmp_path, options=session_options(tmp_path / "ours.onnx")
-    )  # what receipts are timed with
+    GraphSession(copied(model), tmp_path, options=session_options(tmp_path / "ours.onnx"))  # receipts are timed in it
     assert "LayerNormalization" in {n.op_type for n in onnx.load(tmp_path / "ours.onnx").graph.node}
     exact = run_plain(model, feeds)
     assert np.linalg.norm(run(path, feeds) - exact) / np.linalg.norm(exact) < 0.03
@@ -245,7 +236,6 @@ def test_a_grid_is_that_of_the_other_channels(method: str) -> None:
     """What is multiplied apart is not counted, not as zeros either; a sample of no rows counts as none."""
     model, feeds = linear(77, 64, 32), {"x": with_outliers(1, 77, 64)}
     p = placement(model, "int8", feeds)
-    assert p.outliers is not None
     seen = calibrate(copied(model), Path(), ["x"], Given([feeds, feeds]), divided=p.divisors()).seen["x"].histogram
     assert seen.counts.sum() == 2 * 77 * 60 and seen.zeros == 0
     few = feeds["x"][..., torch.from_numpy(~p.outliers["x"])]
@@ -293,7 +283,7 @@ def exported_block(block: torch.nn.Module, folder: Path, monkeypatch: pytest.Mon
     spec = optimize.TensorSpec("x", ("batch", "tokens", 64))
     axes = [optimize.Axis("batch", 1, 2, 4), optimize.Axis("tokens", 1, 63, 77)]
     module = types.ModuleType("hot_block")
-    module.block = lambda: optimize.Component.from_module(block, [spec], ["y"], axes)  # type: ignore[attr-defined]
+    vars(module)["block"] = lambda: optimize.Component.from_module(block, [spec], ["y"], axes)
     monkeypatch.setitem(sys.modules, "hot_block", module)
     optimize.export("python:hot_block:block", folder)
     return folder

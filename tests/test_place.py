@@ -46,6 +46,24 @@ def graph(
     return ir.from_proto(onnx.shape_inference.infer_shapes(model))
 
 
+def constant(model: ir.Model, name: str) -> Any:
+    tensor = model.graph.initializers[name].const_value
+    assert tensor is not None
+    return tensor.numpy()
+
+
+def norm_and_layer(gain: float) -> tuple[ir.Model, dict[str, torch.Tensor]]:
+    """A norm whose channel 7 is so much larger, and a layer that alone reads it; feeds for them."""
+    nodes = [
+        helper.make_node("LayerNormalization", ["x", "g", "h"], ["n"], name="norm/LayerNormalization"),
+        helper.make_node("MatMul", ["n", "w"], ["y"], name="layer/MatMul"),
+    ]
+    gains = np.ones(64, np.float32)
+    gains[7] = gain
+    model = graph(nodes, {"x": [1, 77, 64]}, {"g": gains, "h": np.zeros(64, np.float32), "w": normal(64, 32)})
+    return model, {"x": torch.from_numpy(normal(1, 77, 64))}
+
+
 def normal(*shape: int) -> Any:
     return RNG.standard_normal(shape).astype(np.float32)
 
@@ -126,7 +144,7 @@ def skewed(x: Any, side: str) -> Any:
 @pytest.mark.parametrize(("rows", "k", "n"), [(1, 64, 32), (7, 63, 77), (77, 128, 40)])
 def test_linear_is_the_reference(tmp_path: Path, side: str, runtime: str, rows: int, k: int, n: int) -> None:
     model = linear(rows, k, n)
-    w, b = (model.graph.initializers[name].const_value.numpy() for name in "wb")  # type: ignore[union-attr]
+    w, b = (constant(model, name) for name in "wb")
     feeds = {"x": torch.from_numpy(skewed(normal(2, rows, k), side))}
     p = placement(model, "int8", runtime, [feeds])
     path = written(model, p, tmp_path)
@@ -149,7 +167,7 @@ def test_convolution_is_the_reference(tmp_path: Path, side: str, runtime: str, a
     from optimize.quantize.sensitivity import product
 
     model = conv(6, 10, 11, **attributes)
-    w, b = (model.graph.initializers[name].const_value.numpy() for name in "wb")  # type: ignore[union-attr]
+    w, b = (constant(model, name) for name in "wb")
     feeds = {"x": torch.from_numpy(skewed(normal(3, 6, 11, 12), side))}
     p = placement(model, "int8", runtime, [feeds])
     path = written(model, p, tmp_path)
@@ -267,7 +285,7 @@ def test_blocks_of_weights_share_a_scale(tmp_path: Path, scheme: str, block: int
     p = Placement(rules, "onnxruntime", "minmax", planned(sites_of(model), rules, "onnxruntime"))
     path = written(model, p, tmp_path)
     assert receipt.exported(path, p) == {"layer/MatMul"}
-    w, b = (model.graph.initializers[name].const_value.numpy() for name in "wb")  # type: ignore[union-attr]
+    w, b = (constant(model, name) for name in "wb")
     fmt = FORMATS[rules.weights]
     rounded = fake(w, spread(weight_scale(w, fmt, 1, block), w.shape, 1, block), fmt)
     assert np.allclose(run(path, feeds, **{NO_QDQ: "1"}), feeds["x"].numpy() @ rounded + b, atol=1e-3)
@@ -350,14 +368,7 @@ def test_a_head_that_reads_the_table_of_embeddings_is_a_layer_too(tmp_path: Path
 
 def test_smoothing_changes_nothing_but_the_rounding(tmp_path: Path) -> None:
     """A channel that is 50 times larger than the others: without smoothing it takes all the steps."""
-    nodes = [
-        helper.make_node("LayerNormalization", ["x", "g", "h"], ["n"], name="norm/LayerNormalization"),
-        helper.make_node("MatMul", ["n", "w"], ["y"], name="layer/MatMul"),
-    ]
-    gain = np.ones(64, np.float32)
-    gain[7] = 50
-    model = graph(nodes, {"x": [1, 77, 64]}, {"g": gain, "h": np.zeros(64, np.float32), "w": normal(64, 32)})
-    feeds = {"x": torch.from_numpy(normal(1, 77, 64))}
+    model, feeds = norm_and_layer(50)
     plain = placement(model, "int8", "tensorrt", [feeds])
     groups = candidates(model, plain.sites)
     assert list(groups) == ["n"]

@@ -212,7 +212,7 @@ def receipt_of(work: Work, placement: Placement, quality: list[Quality]) -> Rece
             module=s.module,
             kind=s.kind,
             precision=str(work.base.spec["precision"]) if s.stays else request.scheme,
-            why=s.stays or outliers_of(placement, s),
+            why=s.stays or split_of(placement, s),
             error=effects[s.name].error if s.name in effects else None,
             gain=effects[s.name].gain if s.name in effects else None,
         )
@@ -234,7 +234,7 @@ def receipt_of(work: Work, placement: Placement, quality: list[Quality]) -> Rece
         exported=len(written),
         kernels=len(fused) if fused is not None else None,
         lost=lost,
-        smoothed=len(placement.smoothing or {}),
+        smoothed=len(placement.smoothing),
         split=sum(placement.outliers_of(s).size > 0 for s in placement.chosen()),
         checks=work.trials,
         bytes_base=before,
@@ -254,7 +254,7 @@ def receipt_of(work: Work, placement: Placement, quality: list[Quality]) -> Rece
     return receipt.model_copy(update={"headline": headline(receipt)})
 
 
-def outliers_of(placement: Placement, s: Site) -> str:
+def split_of(placement: Placement, s: Site) -> str:
     """What of a quantized layer is not, in words."""
     count = placement.outliers_of(s).size
     return f"{count} outlier channels of its input stay in the base precision" if count else ""
