@@ -457,3 +457,14 @@ def test_functions_are_held_to_the_first_ones_outputs() -> None:
 def test_functions_that_cannot_be_compared_are_refused(what: Any, words: dict[str, Any], said: str) -> None:
     with pytest.raises(InputError, match=said):
         optimize.profile(what, **{**QUICK, **words})
+
+
+def test_what_the_first_function_raises_is_its_authors() -> None:
+    """As it is, with its own cause: there is nothing to compare the others with."""
+
+    def broken(x: torch.Tensor) -> torch.Tensor:
+        raise ZeroDivisionError("mine") from KeyError("its cause")
+
+    with pytest.raises(ZeroDivisionError, match="mine") as raised:
+        optimize.profile({"broken": broken, "right": lambda x: x}, inputs=(torch.ones(7),), **QUICK)
+    assert isinstance(raised.value.__cause__, KeyError)
